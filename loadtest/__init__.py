@@ -1,0 +1,1 @@
+"""Load tests against any OpenAI-compatible host; speaks HTTP only."""

@@ -1,0 +1,1 @@
+"""Schedule profiles: named, ordered lists of DLight rules per backend."""

@@ -1,0 +1,1 @@
+"""The server: model, compiler, runtime, engine and API. See docs/architecture.md for who may import whom."""

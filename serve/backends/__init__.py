@@ -1,0 +1,1 @@
+"""Named choices of TVM target, device and dtype."""

@@ -1,0 +1,1 @@
+"""From a model, a backend and a profile to a cached library."""

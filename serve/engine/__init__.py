@@ -1,0 +1,34 @@
+"""Continuous batching over a ModelRunner. Speaks token ids; knows nothing of TVM, text or HTTP."""
+
+from serve.engine.engine import Engine, EngineConfig, Stream
+from serve.engine.runner import Chunk, Logits, ModelRunner, RunnerLimits
+from serve.engine.sequence import (
+    Event,
+    FinishEvent,
+    FinishReason,
+    SamplingParams,
+    Timings,
+    TokenEvent,
+)
+from serve.engine.stats import EngineObserver, Gauges, NullObserver, StepStats, ThroughputWindow
+
+__all__ = [
+    "Chunk",
+    "Engine",
+    "EngineConfig",
+    "EngineObserver",
+    "Event",
+    "FinishEvent",
+    "FinishReason",
+    "Gauges",
+    "Logits",
+    "ModelRunner",
+    "NullObserver",
+    "RunnerLimits",
+    "SamplingParams",
+    "StepStats",
+    "Stream",
+    "ThroughputWindow",
+    "Timings",
+    "TokenEvent",
+]

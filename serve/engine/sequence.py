@@ -1,0 +1,143 @@
+"""What a client asks for (SamplingParams), what it gets (TokenEvent … FinishEvent), and a sequence's state between."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+
+NO_BIAS: Mapping[int, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to end. The defaults change nothing: plain sampling at temperature 1.
+
+    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off; relative to the best token's
+    probability. presence/frequency penalties count generated tokens, repetition_penalty (1 is off) counts the
+    prompt's too. logit_bias: token id -> added to its logit. seed: the same seed, prompt and parameters give
+    the same tokens whatever else runs; None draws one.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = NO_BIAS
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = (
+        frozenset()
+    )  # with the end-of-text token, unless the client ignores it
+    min_tokens: int = 0  # no stop token before so many
+
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds a finished sequence spent in each phase, by the wall clock."""
+
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0  # from leaving the queue to the first token
+    decode_seconds: float = 0.0  # from the first token to the last
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token. `is_stop`: it is one of the stop tokens, so its text is not part of the answer."""
+
+    token_id: int
+    is_stop: bool = False
+
+
+@dataclass(frozen=True)
+class FinishEvent:
+    """The last event of every sequence, exactly one. `error` is set where `reason` is "error"."""
+
+    reason: FinishReason
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_cached_tokens: int = 0  # of the prompt, taken over from another sequence's KV cache
+    timings: Timings = Timings()
+    error: Exception | None = None
+
+
+Event = TokenEvent | FinishEvent
+
+
+class Phase(Enum):
+    WAITING = "waiting"
+    PREFILL = "prefill"  # admitted; more than its newest token is not yet in the KV cache
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sequence's tokens and place in the engine. Only the engine thread writes to it.
+
+    token_ids is the prompt and everything generated; the first `num_computed` of them are in the KV cache.
+    """
+
+    seq_id: int
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    share_key: str | None = ""  # KV pages are shared among equal keys only; None never shares
+    arrived: float = field(default_factory=time.perf_counter)
+    phase: Phase = Phase.WAITING
+    num_computed: int = 0
+    num_cached: int = 0
+    admitted: float | None = None
+    first_token: float | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids: list[int] = list(self.prompt_ids)
+        self.output_counts: Counter[int] = Counter()
+        self.rng = np.random.Generator(np.random.PCG64(self.params.seed))
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - len(self.prompt_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are known but not yet in the KV cache."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def max_length(self) -> int:
+        return len(self.prompt_ids) + self.params.max_tokens
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        self.output_counts[token_id] += 1
+
+    def finish_reason(self) -> FinishReason | None:
+        """Whether the newest token ends the sequence, and why."""
+        if self.newest_is_stop():
+            return "stop"
+        return "length" if self.num_generated >= self.params.max_tokens else None
+
+    def newest_is_stop(self) -> bool:
+        enough = self.num_generated > self.params.min_tokens
+        return enough and self.token_ids[-1] in self.params.stop_token_ids
+
+    def timings(self, now: float) -> Timings:
+        admitted = self.admitted if self.admitted is not None else now
+        first = self.first_token if self.first_token is not None else now
+        return Timings(admitted - self.arrived, max(0.0, first - admitted), max(0.0, now - first))

@@ -1,0 +1,87 @@
+"""What the engine tells about itself: an observer protocol, and throughput over the last seconds of busy time."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from serve.engine.sequence import FinishEvent
+
+PhaseName = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One model call. `num_tokens` went into the KV cache: in decode, one for each sequence."""
+
+    phase: PhaseName
+    seconds: float
+    num_tokens: int
+    num_sequences: int
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """The engine's state at this moment."""
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    num_pages_used: int
+    num_pages_total: int
+
+
+class EngineObserver(Protocol):
+    """Called in the engine thread; must be quick and must not raise."""
+
+    def on_step(self, stats: StepStats) -> None: ...
+    def on_first_token(self, seconds: float) -> None: ...
+    def on_prefix_lookup(self, num_queried: int, num_hit: int) -> None: ...
+    def on_preemption(self) -> None: ...
+    def on_finish(self, event: FinishEvent) -> None: ...
+
+
+class NullObserver:
+    """For engines nobody watches."""
+
+    def on_step(self, stats: StepStats) -> None:
+        """Not recorded."""
+
+    def on_first_token(self, seconds: float) -> None:
+        """Not recorded."""
+
+    def on_prefix_lookup(self, num_queried: int, num_hit: int) -> None:
+        """Not recorded."""
+
+    def on_preemption(self) -> None:
+        """Not recorded."""
+
+    def on_finish(self, event: FinishEvent) -> None:
+        """Not recorded."""
+
+
+class ThroughputWindow:
+    """Tokens per second over the last `window_seconds` of busy time; idle time does not dilute it."""
+
+    def __init__(self, window_seconds: float = 10.0) -> None:
+        self._window = window_seconds
+        self._steps: deque[tuple[int, float]] = deque()
+        self._tokens, self._seconds = 0, 0.0
+        self._lock = threading.Lock()
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        with self._lock:
+            self._steps.append((num_tokens, seconds))
+            self._tokens += num_tokens
+            self._seconds += seconds
+            while self._seconds - self._steps[0][1] >= self._window:
+                old_tokens, old_seconds = self._steps.popleft()
+                self._tokens -= old_tokens
+                self._seconds -= old_seconds
+
+    def tokens_per_second(self) -> float:
+        """0 before the first step."""
+        with self._lock:
+            return self._tokens / self._seconds if self._seconds > 0 else 0.0

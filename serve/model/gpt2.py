@@ -1,0 +1,187 @@
+"""GPT-2 in TVM's Relax `nn`, over TVM's paged KV cache. Knows nothing of schedules or of the engine.
+
+Linear weights are (out, in), the transpose of Hugging Face's Conv1D: each output is then a dot product of
+two contiguous rows, which is the form DLight's Matmul and GEMV rules recognise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import relax, te, tirx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedKVCache
+from tvm.target import Target
+
+from serve.model.config import GPT2Config
+
+PAGE_SIZE = 16  # positions per KV page; TVM's CPU attention kernels are written for this size
+
+_ACTIVATIONS = {
+    "gelu_new": lambda x: op.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: op.gelu(x, approximate="tanh"),
+    "gelu": op.gelu,
+    "relu": op.relu,
+    "silu": op.silu,
+    "tanh": op.tanh,
+}
+
+
+class Attention(nn.Module):  # type: ignore[misc]
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        self.num_heads, self.head_dim = config.n_head, config.head_dim
+        self.layer, self.sm_scale = layer, config.sm_scale(layer)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, kv_cache: PagedKVCache) -> Tensor:
+        batch, length, width = x.shape
+        qkv = op.reshape(self.c_attn(x), (batch, length, 3 * self.num_heads, self.head_dim))
+        out = kv_cache.attention_with_fused_qkv(self.layer, qkv, self.num_heads, self.sm_scale)
+        return self.c_proj(op.reshape(out, (batch, length, width)))
+
+
+class MLP(nn.Module):  # type: ignore[misc]
+    def __init__(self, config: GPT2Config) -> None:
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd)
+        self.activation = _ACTIVATIONS[config.activation_function]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class Block(nn.Module):  # type: ignore[misc]
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, kv_cache: PagedKVCache) -> Tensor:
+        x = x + self.attn(self.ln_1(x), kv_cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):  # type: ignore[misc]
+    def __init__(self, config: GPT2Config) -> None:
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, input_ids: Tensor, kv_cache: PagedKVCache) -> Tensor:
+        """(batch, length) int32 -> (batch, length, n_embd); each token's position comes from the cache."""
+        batch, length = input_ids.shape
+        positions = kv_cache.get_query_positions(batch * length)
+        x = self.wte(input_ids) + op.reshape(self.wpe(positions), (batch, length, self.wpe.dim))
+        for block in self.h:
+            x = block(x, kv_cache)
+        return self.ln_f(x)
+
+
+class GPT2LMHeadModel(nn.Module):  # type: ignore[misc]
+    """The functions of a library. Logits are float32; `total` is the summed length of the packed sequences.
+
+    batch_prefill   (1, total) ids, (batch,) last positions -> (1, batch, vocab)
+    decode          (1, 1) ids                              -> (1, 1, vocab)
+    batch_decode    (batch, 1) ids                          -> (batch, 1, vocab)
+    batch_verify    (1, total) ids                          -> (1, total, vocab), every position's logits
+    """
+
+    def __init__(self, config: GPT2Config) -> None:
+        self.config = config
+        self.transformer = Transformer(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self.config.tie_word_embeddings:
+            return op.matmul(hidden, op.permute_dims(self.transformer.wte.weight))
+        return self.lm_head(hidden)
+
+    def batch_prefill(
+        self, input_ids: Tensor, logit_positions: Tensor, kv_cache: PagedKVCache
+    ) -> Tensor:
+        hidden = self.transformer(input_ids, kv_cache)
+        return self._logits(op.take(hidden, logit_positions, axis=1))
+
+    def decode(self, input_ids: Tensor, kv_cache: PagedKVCache) -> Tensor:
+        return self._logits(self.transformer(input_ids, kv_cache))
+
+    def batch_decode(self, input_ids: Tensor, kv_cache: PagedKVCache) -> Tensor:
+        return self._logits(self.transformer(input_ids, kv_cache))
+
+    def batch_verify(self, input_ids: Tensor, kv_cache: PagedKVCache) -> Tensor:
+        return self._logits(self.transformer(input_ids, kv_cache))
+
+    def create_paged_kv_cache(
+        self,
+        max_batch_size: tirx.Var,
+        max_total_seq_len: tirx.Var,
+        prefill_chunk_size: tirx.Var,
+        page_size: tirx.Var,
+        support_sliding_window: tirx.Var,
+    ) -> PagedKVCache:
+        config = self.config
+        return TIRPagedKVCache(
+            attn_kind="mha",
+            max_batch_size=max_batch_size,
+            max_total_seq_len=max_total_seq_len,
+            prefill_chunk_size=prefill_chunk_size,
+            page_size=page_size,
+            support_sliding_window=support_sliding_window,
+            layer_partition=relax.ShapeExpr([0, config.n_layer]),
+            num_hidden_layers=config.n_layer,
+            num_attention_heads=config.n_head,
+            num_key_value_heads=config.n_head,
+            qk_head_dim=config.head_dim,
+            v_head_dim=config.head_dim,
+            mla_original_qk_head_dim=0,
+            mla_original_v_head_dim=0,
+            rope_mode=RopeMode.NONE,
+            rope_scale=1,
+            rope_theta=10000,
+            rope_scaling={},
+            rope_ext_factors=relax.prim_value(0),
+            rotary_dim=config.head_dim,
+            enable_disaggregation=False,
+            dtype="float32",
+            target=Target.current(),
+        )
+
+
+def export(config: GPT2Config) -> tuple[Any, list[tuple[str, tuple[int, ...]]]]:
+    """The model's Relax IRModule and its parameters, (name, shape) in calling order. Needs a current Target."""
+    cache = nn.spec.Object(object_type=PagedKVCache)
+    plain = {"$": {"param_mode": "packed", "effect_mode": "none"}}
+    spec = {
+        "batch_prefill": {
+            "input_ids": nn.spec.Tensor([1, "total"], "int32"),
+            "logit_positions": nn.spec.Tensor(["batch"], "int32"),
+            "kv_cache": cache,
+            **plain,
+        },
+        "decode": {"input_ids": nn.spec.Tensor([1, 1], "int32"), "kv_cache": cache, **plain},
+        "batch_decode": {
+            "input_ids": nn.spec.Tensor(["batch", 1], "int32"),
+            "kv_cache": cache,
+            **plain,
+        },
+        "batch_verify": {
+            "input_ids": nn.spec.Tensor([1, "total"], "int32"),
+            "kv_cache": cache,
+            **plain,
+        },
+        "create_paged_kv_cache": {
+            "max_batch_size": int,
+            "max_total_seq_len": int,
+            "prefill_chunk_size": int,
+            "page_size": int,
+            "support_sliding_window": int,
+            "$": {"param_mode": "none", "effect_mode": "none"},
+        },
+    }
+    mod, params = GPT2LMHeadModel(config).export_tvm(spec=spec)
+    return mod, [(name, tuple(int(n) for n in param.shape)) for name, param in params]

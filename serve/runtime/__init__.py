@@ -1,0 +1,1 @@
+"""Runs a compiled library: implements the engine's ModelRunner."""
