@@ -1,4 +1,7 @@
-"""Every error a user or an operator can cause, with its data. Knows nothing of HTTP; `api/errors.py` renders these."""
+"""Every error a user or an operator can cause, with its data. Knows nothing of HTTP.
+
+`api/errors.py` renders these.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ class ServeError(Exception):
 
 
 class ConfigError(ServeError):
-    """A setting is wrong: says where it was read, which key, which value, and what would be right."""
+    """A setting is wrong.
+
+    Says where it was read, which key, which value, and what would be right.
+    """
 
     def __init__(self, source: str, key: str, value: object, expected: str) -> None:
         super().__init__(f"{source}: {key} = {value!r}: expected {expected}")

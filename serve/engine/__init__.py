@@ -1,6 +1,6 @@
 """Continuous batching over a ModelRunner. Speaks token ids; knows nothing of TVM, text or HTTP."""
 
-from serve.engine.engine import Engine, EngineConfig, Stream
+from serve.engine.engine import Engine, EngineConfig
 from serve.engine.runner import Chunk, Logits, ModelRunner, RunnerLimits
 from serve.engine.sequence import (
     Event,
@@ -11,6 +11,7 @@ from serve.engine.sequence import (
     TokenEvent,
 )
 from serve.engine.stats import EngineObserver, Gauges, NullObserver, StepStats, ThroughputWindow
+from serve.engine.stream import Stream
 
 __all__ = [
     "Chunk",

@@ -1,50 +1,307 @@
-"""The engine thread: takes submissions in, runs batches, sends events out."""
+"""The engine thread: takes submissions in, runs batches, sends events out.
+
+Knows no TVM, text or HTTP.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 
-from serve.engine.runner import ModelRunner
-from serve.engine.sequence import Event, SamplingParams
-from serve.engine.stats import EngineObserver, Gauges
+from serve.engine.batcher import Batch, Batcher, BatcherConfig
+from serve.engine.runner import Chunk, Logits, ModelRunner, RunnerLimits
+from serve.engine.sampler import sample
+from serve.engine.sequence import (
+    FinishEvent,
+    FinishReason,
+    SamplingParams,
+    Sequence,
+    TokenEvent,
+)
+from serve.engine.stats import EngineObserver, Gauges, NullObserver, StepStats
+from serve.engine.stream import Outbox, Stream
+from serve.errors import ContextLengthError, EngineError, OverloadedError, RequestError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """max_waiting: sequences that may queue; one more is refused (OverloadedError)."""
+    """How the engine batches.
+
+    max_running: sequences computed side by side. max_waiting: sequences that may queue; one more is
+    refused. prefill_chunk_tokens: prompt tokens of one step, so the longest wait of a running
+    stream. prefix_sharing: reuse the KV pages of a common prompt head. max_kept_prefixes: finished
+    sequences kept for that; their pages are given up whenever they are needed.
+    """
 
     max_running: int = 32
     max_waiting: int = 1024
     prefill_chunk_tokens: int = 256
     prefix_sharing: bool = True
-    drain_seconds: float = 30.0
-
-
-class Stream:
-    """The events of one sequence, in order, for the asyncio loop that submitted it; FinishEvent is the last."""
-
-    def __aiter__(self) -> AsyncIterator[Event]: ...
-    def cancel(self) -> None:
-        """End the sequence within one step; safe from any thread, and after the end."""
+    max_kept_prefixes: int = 32
 
 
 class Engine:
+    """Continuous batching on one runner, which the engine's own thread alone calls.
+
+    Every submitted sequence ends in exactly one FinishEvent, whatever happens.
+    """
+
     def __init__(
-        self, runner: ModelRunner, config: EngineConfig, observer: EngineObserver
-    ) -> None: ...
-    def start(self) -> None: ...
+        self,
+        runner: ModelRunner,
+        config: EngineConfig | None = None,
+        observer: EngineObserver | None = None,
+    ) -> None:
+        config = config or EngineConfig()
+        self._runner, self._config = runner, config
+        self._observer: EngineObserver = observer or NullObserver()
+        batching = BatcherConfig(
+            config.max_running,
+            config.prefill_chunk_tokens,
+            config.prefix_sharing,
+            config.max_kept_prefixes,
+        )
+        self._batcher = Batcher(runner, batching, self._observer)
+        self._inbox: queue.SimpleQueue[tuple[str, Sequence | None, Stream | None]] = (
+            queue.SimpleQueue()
+        )
+        self._live: dict[Sequence, Stream] = {}  # the engine thread's
+        self._outbox = Outbox()
+        self._ids = itertools.count()
+        self._lock = (
+            threading.Lock()
+        )  # guards the three below: no submission slips past a dying engine
+        self._accepting = True
+        self._num_unfinished = 0
+        self._error: BaseException | None = None
+        self._gauges = self._measure()
+        self._idle = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # -- called from any thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def limits(self) -> RunnerLimits:
+        return self._runner.limits
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and self._error is None
+
+    @property
+    def is_accepting(self) -> bool:
+        return self._accepting and self.is_alive
+
+    def gauges(self) -> Gauges:
+        """The state after the last step.
+
+        Submissions that the engine has not seen yet count as waiting.
+        """
+        gauges = self._gauges
+        return replace(gauges, num_waiting=max(0, self._num_unfinished - gauges.num_running))
+
     def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, share_key: str | None = ""
+        self, prompt_ids: Seq[int], params: SamplingParams, share_key: str | None = ""
     ) -> Stream:
         """Queue a sequence. Call it in a running asyncio loop.
 
-        Raises RequestError (empty prompt, token id outside the vocabulary), ContextLengthError,
+        `share_key`: KV pages are shared among sequences with equal keys only; None never shares.
+        Raises RequestError (empty prompt, a token id outside the vocabulary), ContextLengthError,
         OverloadedError (the queue is full), EngineError (draining or dead).
         """
+        self._check(prompt_ids, params)
+        with self._lock:
+            self._check_open()
+            self._num_unfinished += 1
+            sequence = Sequence(next(self._ids), tuple(prompt_ids), params, share_key)
+            stream = Stream(
+                asyncio.get_running_loop(), lambda: self._inbox.put(("cancel", sequence, None))
+            )
+            self._inbox.put(("submit", sequence, stream))
+        return stream
 
-    def gauges(self) -> Gauges: ...
-    @property
-    def is_alive(self) -> bool: ...
     async def drain(self, seconds: float) -> None:
-        """Take no more sequences; wait for the running ones at most so long, then end them; stop the thread."""
+        """Take no more sequences, wait at most so long for the unfinished, cancel the rest, stop."""
+        with self._lock:
+            self._accepting = False
+        deadline = time.monotonic() + seconds
+        while self._num_unfinished and self.is_alive and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        self._inbox.put(("stop", None, None))
+        await asyncio.to_thread(self._thread.join)
+
+    def _check(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
+        limits = self._runner.limits
+        if not prompt_ids:
+            raise RequestError("The prompt is empty: give at least one token", param="prompt")
+        for token_id in prompt_ids:
+            if not 0 <= token_id < limits.vocab_size:
+                raise RequestError(
+                    f"Token id {token_id} is outside the vocabulary (0 to {limits.vocab_size - 1})",
+                    param="prompt",
+                )
+        if params.max_tokens < 1:
+            raise RequestError(f"max_tokens is {params.max_tokens}; at least 1", param="max_tokens")
+        if len(prompt_ids) + params.max_tokens > limits.max_context:
+            raise ContextLengthError(len(prompt_ids), params.max_tokens, limits.max_context)
+
+    def _check_open(self) -> None:
+        if self._error is not None:
+            raise EngineError("The engine has failed and takes no more requests")
+        if not self._accepting:
+            raise EngineError("The server is shutting down and takes no more requests")
+        if self._num_unfinished >= self._config.max_waiting + self._config.max_running:
+            raise OverloadedError(
+                f"{self._num_unfinished} sequences are queued or running; try again later", 1.0
+            )
+
+    # -- in the engine thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_inbox():
+                self._step()
+                self._publish()
+            self._end_all("cancelled", None)
+        except BaseException as error:
+            log.exception("the engine has failed")
+            with self._lock:
+                self._error = error
+            self._end_all("error", EngineError(f"The engine has failed: {error}"))
+        finally:
+            self._publish()
+
+    def _take_inbox(self) -> bool:
+        """Handle what has come in, waiting for it if there is nothing to do. False: stop."""
+        block = not self._live
+        while True:
+            try:
+                what, sequence, stream = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            block = False
+            if sequence is None:
+                return False
+            if what == "submit" and stream is not None:
+                self._live[sequence] = stream
+                self._batcher.submit(sequence)
+            elif what == "cancel" and sequence in self._live:
+                self._finish(sequence, "cancelled")
+            if not self._live:
+                self._publish()
+                block = True
+
+    def _step(self) -> None:
+        batch = self._batcher.next_batch(time.perf_counter())
+        if batch is None:
+            return
+        start = time.perf_counter()
+        try:
+            logits = self._call(batch)
+        except Exception as error:
+            log.exception("a %s step of %d sequences failed", batch.phase, len(batch.sequences))
+            self._fail(batch.sequences, error)
+            return
+        seconds = time.perf_counter() - start
+        self._batcher.computed(batch)
+        self._observer.on_step(
+            StepStats(batch.phase, seconds, sum(batch.num_tokens), len(batch.sequences))
+        )
+        self._extend(batch.sequences, logits)
+
+    def _call(self, batch: Batch) -> Logits:
+        if batch.phase == "decode":
+            newest = [s.token_ids[-1] for s in batch.sequences]
+            return self._runner.decode([s.seq_id for s in batch.sequences], newest)
+        chunks = [
+            Chunk(s.seq_id, s.token_ids[s.num_computed : s.num_computed + n])
+            for s, n in zip(batch.sequences, batch.num_tokens, strict=True)
+        ]
+        return self._runner.prefill(chunks)
+
+    def _extend(self, sequences: Seq[Sequence], logits: Logits) -> None:
+        """Give each sequence that has no token left to compute its next one."""
+        rows = [i for i, s in enumerate(sequences) if not s.num_pending]
+        complete = [sequences[i] for i in rows]
+        try:
+            tokens = sample(logits[rows], complete)
+        except Exception as error:
+            log.exception("sampling failed")
+            self._fail(complete, error)
+            return
+        now = time.perf_counter()
+        for sequence, token_id in zip(complete, tokens, strict=True):
+            self._append(sequence, token_id, now)
+
+    def _append(self, sequence: Sequence, token_id: int, now: float) -> None:
+        sequence.append(token_id)
+        if sequence.first_token is None:
+            sequence.first_token = now
+            self._observer.on_first_token(now - sequence.arrived)
+        self._outbox.put(self._live[sequence], TokenEvent(token_id, sequence.newest_is_stop()))
+        reason = sequence.finish_reason()
+        if reason is not None:
+            self._finish(sequence, reason)
+
+    def _fail(self, sequences: Seq[Sequence], error: Exception) -> None:
+        cause = EngineError(f"The step that computed this sequence failed: {error}")
+        for sequence in sequences:
+            self._finish(sequence, "error", cause)
+
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, error: Exception | None = None
+    ) -> None:
+        self._batcher.finish(sequence, reusable=error is None)
+        self._announce(sequence, reason, error)
+
+    def _announce(self, sequence: Sequence, reason: FinishReason, error: Exception | None) -> None:
+        event = FinishEvent(
+            reason,
+            sequence.num_prompt_tokens,
+            sequence.num_generated,
+            sequence.num_cached,
+            sequence.timings(time.perf_counter()),
+            error,
+        )
+        self._outbox.put(self._live.pop(sequence), event)
+        self._observer.on_finish(event)
+        with self._lock:
+            self._num_unfinished -= 1
+
+    def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
+        """Whatever state the engine is in: tell everybody, the unread submissions too."""
+        with self._lock:
+            self._accepting = False
+        while not self._inbox.empty():
+            what, sequence, stream = self._inbox.get()
+            if what == "submit" and sequence is not None and stream is not None:
+                self._live[sequence] = stream
+        for sequence in list(self._live):
+            self._announce(sequence, reason, error)
+        self._batcher.waiting.clear()
+        self._batcher.running.clear()
+
+    def _publish(self) -> None:
+        self._gauges = self._measure()
+        self._outbox.flush()
+
+    def _measure(self) -> Gauges:
+        waiting, budget = self._batcher.waiting, self._batcher.budget
+        return Gauges(
+            num_running=len(self._batcher.running),
+            num_waiting=len(waiting),
+            num_waiting_tokens=sum(s.num_pending for s in waiting),
+            num_pages_used=budget.num_used,
+            num_pages_total=budget.num_pages,
+        )

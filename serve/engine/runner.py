@@ -1,4 +1,7 @@
-"""What the engine needs of a model: the ModelRunner protocol. TVM's is in serve/runtime, the tests' in tests/fakes."""
+"""What the engine needs of a model: the ModelRunner protocol.
+
+TVM's is in serve/runtime, the tests' in tests/fakes.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,8 @@ class Chunk:
 class ModelRunner(Protocol):
     """One model on one device. Not thread-safe: one thread, the engine's, makes every call.
 
-    Logits are float32 and belong to the caller. A failing call raises; the sequences of that call are then
-    in an unknown state and must be released.
+    Logits are float32 and belong to the caller. A failing call raises; the sequences of that call
+    are then in an unknown state and must be released.
     """
 
     @property
@@ -46,10 +49,16 @@ class ModelRunner(Protocol):
         """Begin an empty sequence."""
 
     def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
-        """Begin `child_id` with the first `num_tokens` of the parent: whole pages shared, a part of one copied."""
+        """Begin `child_id` with the first `num_tokens` of the parent.
+
+        Whole pages shared, a part of one copied.
+        """
 
     def prefill(self, chunks: Sequence[Chunk]) -> Logits:
-        """Append a chunk to each sequence; the logits after each chunk's last token, (len(chunks), vocab)."""
+        """Append a chunk to each sequence.
+
+        The logits after each chunk's last token, (len(chunks), vocab).
+        """
 
     def decode(self, seq_ids: Sequence[int], token_ids: Sequence[int]) -> Logits:
         """Append one token to each sequence; the logits after it, (len(seq_ids), vocab)."""

@@ -1,4 +1,4 @@
-"""What a client asks for (SamplingParams), what it gets (TokenEvent … FinishEvent), and a sequence's state between."""
+"""What a client asks for, the events it gets, and a sequence's state in between."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens and when to end. The defaults change nothing: plain sampling at temperature 1.
+    """How to choose tokens and when to end. The defaults change nothing.
 
-    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off; relative to the best token's
-    probability. presence/frequency penalties count generated tokens, repetition_penalty (1 is off) counts the
-    prompt's too. logit_bias: token id -> added to its logit. seed: the same seed, prompt and parameters give
-    the same tokens whatever else runs; None draws one.
+    Plain sampling at temperature 1.
+
+    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off; relative to the
+    best token's probability. presence/frequency penalties count generated tokens,
+    repetition_penalty (1 is off) counts the prompt's too. logit_bias: token id -> added to its
+    logit. seed: the same seed, prompt and parameters give the same tokens whatever else runs; None
+    draws one.
     """
 
     max_tokens: int = 16
@@ -55,7 +58,10 @@ class Timings:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One generated token. `is_stop`: it is one of the stop tokens, so its text is not part of the answer."""
+    """One generated token. `is_stop`.
+
+    It is one of the stop tokens, so its text is not part of the answer.
+    """
 
     token_id: int
     is_stop: bool = False
@@ -87,7 +93,8 @@ class Phase(Enum):
 class Sequence:
     """One sequence's tokens and place in the engine. Only the engine thread writes to it.
 
-    token_ids is the prompt and everything generated; the first `num_computed` of them are in the KV cache.
+    token_ids is the prompt and everything generated; the first `num_computed` of them are in the KV
+    cache.
     """
 
     seq_id: int

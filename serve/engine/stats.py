@@ -1,4 +1,7 @@
-"""What the engine tells about itself: an observer protocol, and throughput over the last seconds of busy time."""
+"""What the engine tells about itself.
+
+An observer protocol, and throughput over the last seconds of busy time.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,10 @@ class NullObserver:
 
 
 class ThroughputWindow:
-    """Tokens per second over the last `window_seconds` of busy time; idle time does not dilute it."""
+    """Tokens per second over the last `window_seconds` of busy time.
+
+    Idle time does not dilute it.
+    """
 
     def __init__(self, window_seconds: float = 10.0) -> None:
         self._window = window_seconds

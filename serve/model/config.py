@@ -1,4 +1,7 @@
-"""GPT-2's hyperparameters, read from a Hugging Face config.json. Knows nothing of TVM or of weights."""
+"""GPT-2's hyperparameters, read from a Hugging Face config.json.
+
+Knows nothing of TVM or of weights.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ class GPT2Config:
     """What determines the compiled program and the shapes of its weights.
 
     `scale_attn_weights`: divide attention scores by sqrt(head_dim).
-    `scale_attn_by_inverse_layer_idx`: divide them by (layer + 1) too.
-    `reorder_and_upcast_attn` (Mistral's training stability option) computes scores in f32 and scales
-    before the product; our attention always accumulates in f32, so it changes nothing here and is accepted.
+    `scale_attn_by_inverse_layer_idx`: divide them by (layer + 1) too. `reorder_and_upcast_attn`
+    (Mistral's training stability option) computes scores in f32 and scales before the product; our
+    attention always accumulates in f32, so it changes nothing here and is accepted.
     """
 
     vocab_size: int = 50257
@@ -72,8 +75,8 @@ SIZES = {
 def read_config(folder: Path) -> GPT2Config:
     """Read `folder/config.json`.
 
-    Raises ModelError naming the file and the key when it is missing, malformed, not GPT-2's, or asks for
-    something that this server would otherwise silently leave out.
+    Raises ModelError naming the file and the key when it is missing, malformed, not GPT-2's, or
+    asks for something that this server would otherwise silently leave out.
     """
     path = folder / "config.json"
     try:

@@ -1,14 +1,16 @@
-"""GPT-2 in TVM's Relax `nn`, over TVM's paged KV cache. Knows nothing of schedules or of the engine.
+"""GPT-2 in TVM's Relax `nn`, over TVM's paged KV cache.
 
-Linear weights are (out, in), the transpose of Hugging Face's Conv1D: each output is then a dot product of
-two contiguous rows, which is the form DLight's Matmul and GEMV rules recognise.
+Knows nothing of schedules or of the engine.
+
+Linear weights are (out, in), the transpose of Hugging Face's Conv1D: each output is then a dot
+product of two contiguous rows, which is the form DLight's Matmul and GEMV rules recognise.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from tvm import relax, te, tirx
+from tvm import relax, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedKVCache
@@ -72,7 +74,10 @@ class Transformer(nn.Module):  # type: ignore[misc]
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(self, input_ids: Tensor, kv_cache: PagedKVCache) -> Tensor:
-        """(batch, length) int32 -> (batch, length, n_embd); each token's position comes from the cache."""
+        """(batch, length) int32 -> (batch, length, n_embd).
+
+        Each token's position comes from the cache.
+        """
         batch, length = input_ids.shape
         positions = kv_cache.get_query_positions(batch * length)
         x = self.wte(input_ids) + op.reshape(self.wpe(positions), (batch, length, self.wpe.dim))
@@ -82,12 +87,13 @@ class Transformer(nn.Module):  # type: ignore[misc]
 
 
 class GPT2LMHeadModel(nn.Module):  # type: ignore[misc]
-    """The functions of a library. Logits are float32; `total` is the summed length of the packed sequences.
+    """The functions of a library. Logits are float32.
 
-    batch_prefill   (1, total) ids, (batch,) last positions -> (1, batch, vocab)
-    decode          (1, 1) ids                              -> (1, 1, vocab)
-    batch_decode    (batch, 1) ids                          -> (batch, 1, vocab)
-    batch_verify    (1, total) ids                          -> (1, total, vocab), every position's logits
+    `total` is the summed length of the packed sequences.
+
+    batch_prefill (1, total) ids, (batch,) last positions -> (1, batch, vocab) decode (1, 1) ids ->
+    (1, 1, vocab) batch_decode (batch, 1) ids -> (batch, 1, vocab) batch_verify (1, total) ids ->
+    (1, total, vocab), every position's logits
     """
 
     def __init__(self, config: GPT2Config) -> None:
@@ -153,7 +159,10 @@ class GPT2LMHeadModel(nn.Module):  # type: ignore[misc]
 
 
 def export(config: GPT2Config) -> tuple[Any, list[tuple[str, tuple[int, ...]]]]:
-    """The model's Relax IRModule and its parameters, (name, shape) in calling order. Needs a current Target."""
+    """The model's Relax IRModule and its parameters, (name, shape) in calling order.
+
+    Needs a current Target.
+    """
     cache = nn.spec.Object(object_type=PagedKVCache)
     plain = {"$": {"param_mode": "packed", "effect_mode": "none"}}
     spec = {

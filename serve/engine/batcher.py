@@ -1,0 +1,196 @@
+"""Choose the next batch. Knows sequences and the KV budget.
+
+Calls the runner only to open and close sequences.
+
+Order of life: waiting -> prefill (in chunks) -> decode -> finished. When pages run out, the prefix
+cache is evicted first; then the newest running sequence goes back to the head of the queue and is
+computed again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from serve.engine.kv_budget import KVBudget
+from serve.engine.prefix_cache import PrefixCache
+from serve.engine.runner import ModelRunner
+from serve.engine.sequence import Phase, Sequence
+from serve.engine.stats import EngineObserver, PhaseName
+
+
+@dataclass(frozen=True)
+class BatcherConfig:
+    """See EngineConfig."""
+
+    max_running: int
+    prefill_chunk_tokens: int
+    prefix_sharing: bool
+    max_kept_prefixes: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sequences of one model call, and how many pending tokens of each it takes."""
+
+    phase: PhaseName
+    sequences: Seq[Sequence]
+    num_tokens: Seq[int]
+
+
+class Batcher:
+    """Owns the queue, the running set, the budget and the prefix cache."""
+
+    def __init__(
+        self, runner: ModelRunner, config: BatcherConfig, observer: EngineObserver
+    ) -> None:
+        limits = runner.limits
+        self._runner, self._config, self._observer = runner, config, observer
+        self._max_running = min(config.max_running, limits.max_batch)
+        self._max_step_tokens = min(config.prefill_chunk_tokens, limits.max_step_tokens)
+        self.budget = KVBudget(limits.num_pages, limits.page_size)
+        self._prefixes = PrefixCache(config.max_kept_prefixes, limits.page_size)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission
+        self._last_phase: PhaseName = "decode"
+
+    def submit(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def next_batch(self, now: float) -> Batch | None:
+        """A prefill chunk *or* one decode step; they alternate while there is work for both."""
+        self._admit(now)
+        prefilling = [s for s in self.running if s.phase is Phase.PREFILL]
+        decoding = [s for s in self.running if s.phase is Phase.DECODE]
+        if not self.running:
+            return None
+        prefill = bool(prefilling) and not (decoding and self._last_phase == "prefill")
+        batch = self._prefill_batch(prefilling) if prefill else self._decode_batch(decoding)
+        if self._make_room(batch):
+            self._last_phase = batch.phase
+            return batch
+        return self.next_batch(now)  # somebody was preempted: choose again
+
+    def computed(self, batch: Batch) -> None:
+        """The runner has put the batch's tokens into the KV cache."""
+        for sequence, num_tokens in zip(batch.sequences, batch.num_tokens, strict=True):
+            self.budget.append(sequence.seq_id, num_tokens)
+            sequence.num_computed += num_tokens
+            if not sequence.num_pending:
+                sequence.phase = Phase.DECODE
+
+    def finish(self, sequence: Sequence, reusable: bool = True) -> None:
+        """Take the sequence out; its pages stay as a prefix to share, if they can (`reusable`)."""
+        if sequence.phase is Phase.WAITING:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self._close(sequence, reusable)
+        sequence.phase = Phase.FINISHED
+
+    def _close(self, sequence: Sequence, reusable: bool) -> None:
+        if reusable and self._config.prefix_sharing and self._prefixes.keep(sequence):
+            self.budget.retire(sequence.seq_id)
+            overflow = self._prefixes.overflow()
+            if overflow is not None:
+                self._release(overflow)
+        else:
+            self._release(sequence.seq_id)
+
+    def _release(self, seq_id: int) -> None:
+        self.budget.release(seq_id)
+        self._runner.release(seq_id)
+
+    def _admit(self, now: float) -> None:
+        """First come, first served, while pages are left that no running sequence needs."""
+        while self.waiting and len(self.running) < self._max_running:
+            sequence = self.waiting[0]
+            parent, shared = self._find_prefix(sequence)
+            if not self._has_pages_for(sequence, shared):
+                if self._can_evict_for(sequence, shared):
+                    self._release_evicted()
+                    continue  # the prefix may be what was evicted: look again
+                return
+            self.waiting.popleft()
+            self._open(sequence, parent, shared)
+            self._admitted(sequence, shared, now)
+
+    def _find_prefix(self, sequence: Sequence) -> tuple[Sequence | None, int]:
+        if not self._config.prefix_sharing:
+            return None, 0
+        return self._prefixes.find(sequence, self.running) or (None, 0)
+
+    def _missing_pages(self, sequence: Sequence, shared: int) -> int:
+        """Pages to find for the whole sequence and for what the running ones owe."""
+        owed = sum(self.budget.needed(s.seq_id, s.num_pending) for s in self.running)
+        own = self.budget.pages_for(len(sequence.token_ids)) - shared // self.budget.page_size
+        return owed + own - self.budget.num_free
+
+    def _has_pages_for(self, sequence: Sequence, shared: int) -> bool:
+        return self._missing_pages(sequence, shared) <= 0
+
+    def _can_evict_for(self, sequence: Sequence, shared: int) -> bool:
+        shareable = shared // self.budget.page_size  # evicting these would not help
+        return self._missing_pages(sequence, shared) <= self.budget.num_evictable - shareable
+
+    def _open(self, sequence: Sequence, parent: Sequence | None, shared: int) -> None:
+        if parent is None:
+            self.budget.add(sequence.seq_id)
+            self._runner.add(sequence.seq_id)
+        else:
+            self.budget.fork(parent.seq_id, sequence.seq_id, shared)
+            self._runner.fork(parent.seq_id, sequence.seq_id, shared)
+
+    def _admitted(self, sequence: Sequence, shared: int, now: float) -> None:
+        sequence.num_computed = shared
+        sequence.phase = Phase.PREFILL
+        self.running.append(sequence)
+        if sequence.admitted is None:  # not after a preemption
+            sequence.admitted, sequence.num_cached = now, shared
+            if self._config.prefix_sharing:
+                self._observer.on_prefix_lookup(sequence.num_prompt_tokens, shared)
+
+    def _prefill_batch(self, sequences: list[Sequence]) -> Batch:
+        left = self._max_step_tokens
+        taken: list[tuple[Sequence, int]] = []
+        for sequence in sequences:
+            if not left:
+                break
+            num_tokens = min(sequence.num_pending, left)
+            taken.append((sequence, num_tokens))
+            left -= num_tokens
+        return Batch("prefill", [s for s, _ in taken], [n for _, n in taken])
+
+    def _decode_batch(self, sequences: list[Sequence]) -> Batch:
+        return Batch("decode", sequences, [1] * len(sequences))
+
+    def _make_room(self, batch: Batch) -> bool:
+        """Whether the batch can run as it is; if pages are missing, preempt the newest sequence."""
+        items = zip(batch.sequences, batch.num_tokens, strict=True)
+        needed = sum(self.budget.needed(s.seq_id, n) for s, n in items)
+        if self._free_up(needed):
+            return True
+        assert len(self.running) > 1, "a single sequence fits: Engine.submit checks it"
+        self._preempt(self.running.pop())
+        return False
+
+    def _free_up(self, num_pages: int) -> bool:
+        """Evict kept prefixes until so many pages are free; whether that succeeded."""
+        while self.budget.num_free < num_pages:
+            if not self._release_evicted():
+                return False
+        return True
+
+    def _release_evicted(self) -> bool:
+        evicted = self._prefixes.evict()
+        if evicted is None:
+            return False
+        self._release(evicted)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence.seq_id)
+        sequence.phase, sequence.num_computed = Phase.WAITING, 0
+        self.waiting.appendleft(sequence)
+        self._observer.on_preemption()

@@ -1,0 +1,75 @@
+"""The way from the engine thread to an asyncio loop: a stream of one sequence's events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from serve.engine.sequence import Event, FinishEvent
+
+
+class Stream:
+    """The events of one sequence, in order; FinishEvent is the last, and always comes.
+
+    Belongs to the asyncio loop that submitted the sequence.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Callable[[], None]) -> None:
+        self._loop, self._cancel = loop, cancel
+        self._events: deque[Event] = deque()
+        self._arrived = asyncio.Event()
+        self._ended = False
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def cancel(self) -> None:
+        """End the sequence within one step; safe from any thread, and after the end."""
+        self._cancel()
+
+    def ready(self) -> list[Event]:
+        """The events that are here already, without waiting."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._events:
+            if self._ended:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._events.popleft()
+
+    def put(self, event: Event) -> None:
+        """Called in the loop, by Outbox."""
+        self._events.append(event)
+        self._ended = self._ended or isinstance(event, FinishEvent)
+        self._arrived.set()
+
+
+class Outbox:
+    """Collects a step's events and wakes each loop once. Used by the engine thread only."""
+
+    def __init__(self) -> None:
+        self._pending: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Event]]] = {}
+
+    def put(self, stream: Stream, event: Event) -> None:
+        self._pending.setdefault(stream.loop, []).append((stream, event))
+
+    def flush(self) -> None:
+        pending, self._pending = self._pending, {}
+        for loop, events in pending.items():
+            # A closed loop has nobody left to tell.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_dispatch, events)
+
+
+def _dispatch(events: list[tuple[Stream, Event]]) -> None:
+    for stream, event in events:
+        stream.put(event)
