@@ -1,0 +1,82 @@
+"""A library on disk.
+
+`library.so` and `manifest.json`, which says what it is and proves that it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from serve.errors import LibraryError
+
+LIBRARY_FILE, MANIFEST_FILE = "library.so", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a library was compiled from and how.
+
+    `parameters` are the weights in calling order, (name, shape); `coverage` as in
+    compiler/coverage.py; `digest` is the sha256 of library.so.
+    """
+
+    key: str
+    digest: str
+    model_config: Mapping[str, Any]
+    backend: str
+    target: Mapping[str, Any]
+    dtype: str
+    quantization: str
+    profile: str
+    profile_digest: str
+    rules: tuple[Mapping[str, Any], ...]
+    coverage: tuple[Mapping[str, Any], ...]
+    parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    page_size: int
+    tvm_version: str
+    pipeline_version: int
+    compile_seconds: float
+
+
+@dataclass(frozen=True)
+class Library:
+    """A verified library: `path` is its shared object."""
+
+    path: Path
+    manifest: Manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    text = json.dumps(asdict(manifest), indent=1, sort_keys=True)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_library(folder: Path) -> Library:
+    """Read and verify a library.
+
+    Raises LibraryError if anything is missing or not as the manifest says.
+    """
+    try:
+        raw = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        raw["parameters"] = tuple((name, tuple(shape)) for name, shape in raw["parameters"])
+        raw["rules"], raw["coverage"] = tuple(raw["rules"]), tuple(raw["coverage"])
+        manifest = Manifest(**raw)
+        digest = file_digest(folder / LIBRARY_FILE)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LibraryError(f"{folder}: not a compiled library: {error}") from None
+    if digest != manifest.digest:
+        raise LibraryError(
+            f"{folder / LIBRARY_FILE}: damaged: sha256 is {digest}, the manifest says {manifest.digest}"
+        )
+    return Library(folder / LIBRARY_FILE, manifest)
