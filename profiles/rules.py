@@ -62,10 +62,21 @@ class Rule:
 
 
 _DL = "tvm.s_tir.dlight"
+_GEMV = (
+    Parameter("lanes", 64, (16, 32, 64, 128), "partial sums of a row, in vector registers"),
+    Parameter("rows", 16, (4, 8, 16, 32, 64), "rows a thread takes at a time"),
+)
 _LOW_BATCH = Parameter("bucket", 4, (2, 4, 8, 16), "the batch size that the kernel is padded to")
 RULES: dict[str, Rule] = {
     rule.id: rule
     for rule in (
+        Rule(
+            "cpu.gemv",
+            "cpu",
+            "profiles.cpu.gemv:GEMV",
+            "matrix times vector over contiguous rows, at memory speed",
+            _GEMV,
+        ),
         Rule(
             "dl.cpu.GEMV",
             "cpu",

@@ -14,7 +14,7 @@ DEFAULT_ARCH = "sm_90a"
 
 
 def target() -> Mapping[str, Any]:
-    """The architecture is the device's, or DLIGHT_CUDA_ARCH where one compiles for another machine."""
+    """For the device's architecture, or DLIGHT_CUDA_ARCH to compile for another machine."""
     arch = os.environ.get("DLIGHT_CUDA_ARCH")
     device = tvm.cuda()
     if arch is None and device.exist:

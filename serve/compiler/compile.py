@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tvm
-from profiles import Profile
 
+from profiles import Profile
 from serve.backends import Backend
 from serve.compiler.cache import LibraryCache
 from serve.compiler.library import Library
@@ -117,7 +117,12 @@ def compile_in_child(
         assert child.stdin is not None
         assert child.stdout is not None
         expired = threading.Event()
-        timer = threading.Timer(time_limit_seconds, lambda: (expired.set(), child.kill()))
+
+        def expire() -> None:
+            expired.set()
+            child.kill()
+
+        timer = threading.Timer(time_limit_seconds, expire)
         timer.start()
         try:
             _send(child, request)

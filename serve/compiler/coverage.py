@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import tvm
-from profiles import RuleUse
 from tvm import relax, s_tir, tirx
 
+from profiles import RuleUse
 from serve.errors import CompileError
 
 KV_CACHE = "create_paged_kv_cache"  # the function that hands TVM's cache its kernels

@@ -77,6 +77,7 @@ def open_library(folder: Path) -> Library:
         raise LibraryError(f"{folder}: not a compiled library: {error}") from None
     if digest != manifest.digest:
         raise LibraryError(
-            f"{folder / LIBRARY_FILE}: damaged: sha256 is {digest}, the manifest says {manifest.digest}"
+            f"{folder / LIBRARY_FILE}: damaged: its sha256 is {digest}, "
+            f"the manifest says {manifest.digest}"
         )
     return Library(folder / LIBRARY_FILE, manifest)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import tvm
-from profiles import read_profile
 from tvm import relax
 
+from profiles import read_profile
 from serve.backends import get_backend
 from serve.compiler.coverage import KernelCoverage, schedule
 from serve.compiler.library import LIBRARY_FILE, Manifest, file_digest, write_manifest
@@ -95,7 +95,7 @@ def build(request: dict[str, Any], folder: Path, report: Report) -> None:
     write_manifest(folder, _manifest(request, folder, coverage, parameters, seconds))
 
 
-@tvm.transform.module_pass(opt_level=0)  # type: ignore[misc]
+@tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
 def _no_passes(mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
     return mod  # all of them have run: fuse, schedule, lower
 

@@ -132,7 +132,7 @@ class Engine:
         return stream
 
     async def drain(self, seconds: float) -> None:
-        """Take no more sequences, wait at most so long for the unfinished, cancel the rest, stop."""
+        """Take no more sequences, give the unfinished so long, cancel the rest, stop."""
         with self._lock:
             self._accepting = False
         deadline = time.monotonic() + seconds

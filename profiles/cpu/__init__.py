@@ -1,0 +1,1 @@
+"""Our own schedule rules for the CPU, one a file."""

@@ -1,0 +1,147 @@
+"""Every error as OpenAI's envelope; the only place that knows which error is which HTTP status."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from serve.api.schemas import UnsupportedValueError
+from serve.errors import (
+    EngineError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestError,
+    ServeError,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 2048
+CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that went away; nobody receives it
+
+
+class ErrorDetail(BaseModel):
+    """`param` names the field at fault, `code` the kind of error, for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What to tell the client about an error."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def body(self) -> bytes:
+        """The envelope as JSON (ASCII), at most MAX_BODY_BYTES long: the message is cut to fit."""
+        message, param = self.message, self.param and _clip(self.param, 100)
+        while True:
+            detail = {"message": message, "type": self.type, "param": param, "code": self.code}
+            body = json.dumps({"error": detail}).encode()
+            if len(body) <= MAX_BODY_BYTES:
+                return body
+            message = _clip(message, len(message) * 3 // 4)
+
+
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def answer(error: BaseException) -> Answer:
+    """The answer to any error. One that nobody foresaw is logged here, and not told the client."""
+    match error:
+        case RequestError():
+            return Answer(400, str(error), param=error.param, code=error.code)
+        case ModelNotFoundError():
+            return Answer(404, str(error), param="model", code="model_not_found")
+        case OverloadedError():
+            retry = {"Retry-After": str(max(1, math.ceil(error.retry_after_seconds)))}
+            return Answer(429, str(error), "rate_limit_error", None, "rate_limit_exceeded", retry)
+        case EngineError():
+            return Answer(503, str(error), "service_unavailable_error", code="engine_unavailable")
+        case RequestValidationError():
+            return answer(_first_of(list(error.errors())))
+        case HTTPException():
+            return _http_answer(error)
+        case ClientDisconnect():
+            return Answer(CLIENT_CLOSED_REQUEST, "The client closed the connection")
+    log.error("unexpected error while answering a request", exc_info=error)
+    return Answer(500, "The server failed to answer this request", "server_error", None, "internal")
+
+
+def _http_answer(error: HTTPException) -> Answer:
+    """Starlette's own: no such route, no such method."""
+    codes = {404: "unknown_url", 405: "method_not_allowed"}
+    headers = dict(error.headers or {})
+    return Answer(
+        error.status_code, error.detail, code=codes.get(error.status_code), headers=headers
+    )
+
+
+def render(error: BaseException) -> Response:
+    found = answer(error)
+    return Response(found.body(), found.status, found.headers, "application/json")
+
+
+def invalid_body(error: ValidationError) -> RequestError:
+    """What pydantic found, as one error about one field: the first."""
+    return _first_of(error.errors(include_url=False, include_input=False))
+
+
+_CODES = {
+    "missing": "missing_required_parameter",
+    "json_invalid": "invalid_json",
+}
+
+
+def _first_of(errors: list[Any]) -> RequestError:
+    first = errors[0]
+    kind, cause = first["type"], first.get("ctx", {}).get("error")
+    message = cause if isinstance(cause, ValueError) else first["msg"]  # a validator's own words
+    # Positions in a list, and FastAPI's "body" and "path", are no fields.
+    names = [
+        part for part in first["loc"] if isinstance(part, str) and part not in ("body", "path")
+    ]
+    param = ".".join(names) or "body"
+    if kind == "extra_forbidden":
+        return RequestError(f"Unknown field: {param}", param, "unknown_parameter")
+    if isinstance(cause, UnsupportedValueError):
+        return RequestError(f"{param}: {message}", param, "unsupported_parameter")
+    code = _CODES.get(kind) or ("invalid_type" if kind.endswith("_type") else "invalid_value")
+    return RequestError(f"{param}: {message}", param, code)
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` answer its foreseen errors so; the middleware answers the others by `render`."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            error.detail = f"{error.detail}: {request.method} {request.url.path}"
+        return render(error)
+
+    for kind in (ServeError, RequestValidationError, HTTPException, ClientDisconnect):
+        app.add_exception_handler(kind, handle)

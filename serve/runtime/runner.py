@@ -1,0 +1,194 @@
+"""Runs a library on Relax's virtual machine and paged KV cache: the real ModelRunner.
+
+TVM's thread pool belongs to the calling thread, so the engine's thread alone should call this.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+from tvm import relax
+from tvm.runtime import ShapeTuple
+
+from serve.backends import Backend, usable_cpus
+from serve.compiler.library import Library
+from serve.engine import Chunk, Logits, RunnerLimits
+from serve.errors import LibraryError, WeightsError
+from serve.model.config import GPT2Config
+
+_ONE_CORE_PER_THREAD = (
+    1  # TVM's AffinityMode kBig: all threads it is given, in the order of the CPUs
+)
+
+
+@dataclass(frozen=True)
+class RunnerConfig:
+    """How much a runner holds.
+
+    max_batch: sequences in one step. max_step_tokens: prompt tokens in one step. kv_tokens:
+    positions in the KV cache over all sequences; None: the context of 8 sequences. threads: None is
+    every CPU that the process may use.
+    """
+
+    max_batch: int = 32
+    max_step_tokens: int = 512
+    kv_tokens: int | None = None
+    threads: int | None = None
+
+
+class TVMRunner:
+    """One library with weights on one device; implements serve.engine's ModelRunner.
+
+    Raises LibraryError if the library does not load or lacks a function, WeightsError if the
+    weights are not the ones it was compiled for.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        weights: Mapping[str, NDArray[np.float32]],
+        backend: Backend,
+        config: RunnerConfig | None = None,
+    ) -> None:
+        config = config or RunnerConfig()
+        manifest = library.manifest
+        self._threads = config.threads or usable_cpus()
+        self._thread_id: int | None = None
+        self._device = backend.device()
+        self._vm = _load(library, self._device)
+        self._params = _to_device(manifest.parameters, weights, self._device)
+        self._functions = _KVFunctions()
+        model = GPT2Config(**manifest.model_config)
+        kv_tokens = config.kv_tokens or 8 * model.n_positions
+        step_tokens = max(config.max_step_tokens, config.max_batch)
+        self._kv = self._vm["create_paged_kv_cache"](
+            *(
+                ShapeTuple([size])
+                for size in (config.max_batch, kv_tokens, step_tokens, manifest.page_size, 0)
+            )
+        )
+        num_pages = int(self._functions.available(self._kv))
+        self._limits = RunnerLimits(
+            vocab_size=model.vocab_size,
+            max_context=min(model.n_positions, num_pages * manifest.page_size),
+            max_batch=config.max_batch,
+            max_step_tokens=step_tokens,
+            page_size=manifest.page_size,
+            num_pages=num_pages,
+        )
+
+    @property
+    def limits(self) -> RunnerLimits:
+        return self._limits
+
+    def add(self, seq_id: int) -> None:
+        self._functions.add(self._kv, seq_id)
+
+    def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
+        self._functions.fork(self._kv, parent_id, child_id, num_tokens)
+
+    def release(self, seq_id: int) -> None:
+        self._functions.remove(self._kv, seq_id)
+
+    def rollback(self, seq_id: int, num_tokens: int) -> None:
+        self._functions.popn(self._kv, seq_id, num_tokens)
+
+    def num_free_pages(self) -> int:
+        return int(self._functions.available(self._kv))
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Logits:
+        lengths = [len(chunk.token_ids) for chunk in chunks]
+        last = np.cumsum(lengths, dtype=np.int32) - 1
+        self._begin([chunk.seq_id for chunk in chunks], lengths)
+        out = self._vm["batch_prefill"](
+            self._tensor(_packed(chunks)),
+            self._tensor(last.astype(np.int32)),
+            self._kv,
+            self._params,
+        )
+        return self._end(out)
+
+    def verify(self, chunks: Sequence[Chunk]) -> Logits:
+        self._begin([chunk.seq_id for chunk in chunks], [len(chunk.token_ids) for chunk in chunks])
+        return self._end(
+            self._vm["batch_verify"](self._tensor(_packed(chunks)), self._kv, self._params)
+        )
+
+    def decode(self, seq_ids: Sequence[int], token_ids: Sequence[int]) -> Logits:
+        function = self._vm["decode" if len(seq_ids) == 1 else "batch_decode"]
+        self._begin(seq_ids, [1] * len(seq_ids))
+        ids = np.asarray(token_ids, np.int32).reshape(-1, 1)
+        return self._end(function(self._tensor(ids), self._kv, self._params))
+
+    def _begin(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> None:
+        self._bind_thread()
+        self._functions.begin(self._kv, ShapeTuple(list(seq_ids)), ShapeTuple(list(lengths)))
+
+    def _end(self, logits: Any) -> Logits:
+        self._functions.end(self._kv)
+        array: Logits = logits.numpy()  # a copy; waits for the device
+        return array.reshape(-1, self._limits.vocab_size)
+
+    def _bind_thread(self) -> None:
+        """Give this thread a pool of all the CPUs: on x86, TVM would take half of them."""
+        current = threading.get_ident()
+        if current != self._thread_id:
+            tvm.get_global_func("runtime.config_threadpool")(_ONE_CORE_PER_THREAD, self._threads)
+            self._thread_id = current
+
+    def _tensor(self, array: NDArray[np.int32]) -> Any:
+        return tvm.runtime.tensor(array, self._device)
+
+
+class _KVFunctions:
+    """The VM's builtins on a KV cache."""
+
+    def __init__(self) -> None:
+        get = tvm.get_global_func
+        self.add = get("vm.builtin.kv_state_add_sequence")
+        self.fork = get("vm.builtin.kv_state_fork_sequence")
+        self.remove = get("vm.builtin.kv_state_remove_sequence")
+        self.popn = get("vm.builtin.kv_state_popn")
+        self.begin = get("vm.builtin.kv_state_begin_forward")
+        self.end = get("vm.builtin.kv_state_end_forward")
+        self.available = get("vm.builtin.attention_kv_cache_get_num_available_pages")
+
+
+def _load(library: Library, device: tvm.runtime.Device) -> Any:
+    manifest = library.manifest
+    if manifest.tvm_version != tvm.__version__:
+        raise LibraryError(
+            f"{library.path}: built by TVM {manifest.tvm_version}, this is {tvm.__version__}"
+        )
+    try:
+        return relax.VirtualMachine(tvm.runtime.load_module(str(library.path)), device)
+    except Exception as error:
+        raise LibraryError(f"{library.path}: does not load: {error}") from error
+
+
+def _to_device(
+    parameters: Sequence[tuple[str, tuple[int, ...]]],
+    weights: Mapping[str, NDArray[np.float32]],
+    device: tvm.runtime.Device,
+) -> list[Any]:
+    """The weights in the library's calling order."""
+    tensors = []
+    for name, shape in parameters:
+        array = weights.get(name)
+        if array is None or array.shape != tuple(shape):
+            found = "nothing" if array is None else f"shape {list(array.shape)}"
+            raise WeightsError(name, f"shape {list(shape)}", found, "the loaded weights")
+        tensors.append(tvm.runtime.tensor(array, device))
+    return tensors
+
+
+def _packed(chunks: Sequence[Chunk]) -> NDArray[np.int32]:
+    """The chunks' token ids one after the other, (1, total)."""
+    ids = [np.asarray(chunk.token_ids, np.int32) for chunk in chunks]
+    return np.concatenate(ids).reshape(1, -1)

@@ -1,0 +1,168 @@
+"""A real server on a loopback port: the app under uvicorn in a thread, over a fake runner."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from serve.api.app import ServedModel, ServedModels, create_app
+from serve.engine import Engine, EngineConfig, FinishEvent, NullObserver, Stream
+from serve.tokenizer import Tokenizer
+from tests.fakes import FakeRunner, scripted
+
+TOKENIZER = Tokenizer.bundled()
+SPEECH = "Four score and seven years ago our fathers brought forth a new nation"
+PATIENCE = 60.0  # seconds after which a wait is a failure; no test measures time
+
+
+class Finishes(NullObserver):
+    """Keeps every FinishEvent for a test to wait for."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[FinishEvent] = queue.SimpleQueue()
+
+    def on_finish(self, event: FinishEvent) -> None:
+        self.events.put(event)
+
+    def next(self) -> FinishEvent:
+        return self.events.get(timeout=PATIENCE)
+
+
+class Server:
+    """A running server and everything behind it that a test may want to look at."""
+
+    def __init__(self, runner: FakeRunner, config: EngineConfig | None = None) -> None:
+        self.runner, self.finishes = runner, Finishes()
+        self.engine = Engine(runner, config, self.finishes)
+        self.rejections = 0
+        self.http: queue.SimpleQueue[tuple[str, int, float]] = queue.SimpleQueue()
+        self.models = ServedModels([self._model()])
+        self.app = create_app(
+            self.models,
+            lambda: (b"up 1\n", "text/plain; version=0.0.4; charset=utf-8"),
+            lambda *seen: self.http.put(seen),
+            {"version": "1.2.3", "tvm": "0.27"},
+        )
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(self.app, port=0, lifespan="off", log_config=None)
+        )
+        self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)
+        self._pool = ThreadPoolExecutor(4)
+        self.url = ""
+
+    def _model(self) -> ServedModel:
+        return ServedModel(
+            name="gettysburg",
+            aliases=("gettysburg@full", "gettysburg@cpu:full"),
+            backend="cpu",
+            profile="full",
+            quantization="none",
+            max_context=self.runner.limits.max_context,
+            digest="sha256:0123",
+            created=1_700_000_000,
+            tokenizer=TOKENIZER,
+            engine=self.engine,
+            on_rejected=self._count_rejection,
+        )
+
+    def _count_rejection(self) -> None:
+        self.rejections += 1
+
+    def start(self) -> None:
+        self.engine.start()
+        self._thread.start()
+        until(lambda: self._uvicorn.started)
+        host, port = self._uvicorn.servers[0].sockets[0].getsockname()
+        self.url = f"http://{host}:{port}"
+
+    def stop(self) -> None:
+        self.runner.gate.set()
+        self._uvicorn.should_exit = True
+        self._thread.join(PATIENCE)
+        self._pool.shutdown()
+        asyncio.run(self.engine.drain(PATIENCE))
+
+    def post(self, **fields: Any) -> httpx.Response:
+        """POST /v1/completions, with a model unless one is given."""
+        return httpx.post(f"{self.url}/v1/completions", json=request(**fields), timeout=PATIENCE)
+
+    def post_later(self, **fields: Any) -> Future[httpx.Response]:
+        """The same in a thread of its own."""
+        return self._pool.submit(self.post, **fields)
+
+    def stream(self, **fields: Any) -> list[dict[str, Any]]:
+        """The chunks of a streamed completion, which must end with [DONE]."""
+        response = self.post(stream=True, **fields)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = response.text.split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+
+    def get(self, path: str, **kwargs: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=PATIENCE, **kwargs)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that no event tells of."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+def request(**fields: Any) -> dict[str, Any]:
+    """A small valid request, with `fields` changed."""
+    return {"model": "gettysburg", "prompt": "Four", "temperature": 0, **fields}
+
+
+def encode(text: str) -> list[int]:
+    return TOKENIZER.encode(text)
+
+
+def speaking(*texts: str, **kwargs: Any) -> FakeRunner:
+    """A runner that continues the beginnings of these texts."""
+    lines = [encode(text) for text in texts]
+    return FakeRunner(next_token=scripted(TOKENIZER.eos_token_id, *lines), **kwargs)
+
+
+@contextlib.contextmanager
+def running(runner: FakeRunner, config: EngineConfig | None = None) -> Iterator[Server]:
+    server = Server(runner, config)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Says SPEECH, and ends anything else at once. Tests must leave its runner as it is."""
+    with running(speaking(SPEECH)) as started:
+        yield started
+
+
+@pytest.fixture
+def cancels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Wait for the next Stream.cancel()."""
+    called: queue.SimpleQueue[None] = queue.SimpleQueue()
+    original = Stream.cancel
+
+    def cancel(stream: Stream) -> None:
+        original(stream)
+        called.put(None)
+
+    monkeypatch.setattr(Stream, "cancel", cancel)
+    return lambda: called.get(timeout=PATIENCE)

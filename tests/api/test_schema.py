@@ -1,0 +1,208 @@
+"""The rules of /v1/completions, field by field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from serve.api.errors import ErrorResponse
+from tests.api.conftest import PATIENCE, TOKENIZER, Server, request
+
+pytestmark = pytest.mark.api
+
+VOCAB = TOKENIZER.vocab_size
+NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
+INTEGERS = ("max_tokens", "top_k", "seed", "min_tokens", "n", "best_of", "logprobs")
+BOOLEANS = ("ignore_eos", "return_token_ids", "stream", "echo")
+STRINGS = ("user", "cache_salt", "suffix", "model")
+
+
+def error_of(server: Server, **fields: Any) -> dict[str, Any]:
+    answer = server.post(**fields)
+    assert answer.status_code == 400, answer.text
+    ErrorResponse.model_validate_json(answer.text, strict=True)
+    error: dict[str, Any] = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    return error
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((field, "0.5") for field in NUMBERS),
+        *((field, True) for field in NUMBERS),
+        *((field, [1]) for field in NUMBERS),
+        *((field, "5") for field in INTEGERS),
+        *((field, True) for field in INTEGERS),
+        *((field, 1.0) for field in INTEGERS),
+        *((field, 1) for field in BOOLEANS),
+        *((field, "true") for field in BOOLEANS),
+        *((field, 5) for field in STRINGS),
+        ("logit_bias", [1]),
+        ("logit_bias", {"1": "5"}),
+        ("logit_bias", {"1": True}),
+        ("stop", 5),
+        ("stop", ["a", 5]),
+        ("stop", {"a": 1}),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", ["5"]),
+        ("prompt", 5),
+        ("prompt", True),
+        ("prompt", {"text": "a"}),
+        ("prompt", [1, True]),
+        ("prompt", [1, "a"]),
+        ("prompt", [1, 1.5]),
+        ("prompt", [[1], "a"]),
+        ("prompt", [[1], [[1]]]),
+        ("prompt", ["a", None]),
+    ],
+)
+def test_wrong_types(server: Server, field: str, value: object) -> None:
+    assert error_of(server, **{field: value})["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("top_k", -2),
+        ("presence_penalty", -2.1),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", 2.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", -1),
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("min_tokens", -1),
+        ("min_tokens", 17),  # over max_tokens
+        ("seed", 2**63),
+        ("seed", -(2**63) - 1),
+        ("logit_bias", {"1": 100.1}),
+        ("logit_bias", {"1": -101}),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"1.5": 1}),
+        ("logit_bias", {"²": 1}),
+        ("logit_bias", {str(VOCAB): 1}),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", ["a"] * 17),
+        ("stop", "a" * 1001),
+        ("stop_token_ids", [VOCAB]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", list(range(129))),
+        ("cache_salt", ""),
+        ("prompt", ""),
+        ("prompt", []),
+        ("prompt", [[]]),
+        ("prompt", ["a", ""]),
+        ("prompt", [[1], []]),
+        ("prompt", [VOCAB]),
+        ("prompt", [-1]),
+        ("prompt", [[1], [VOCAB]]),
+        ("prompt", None),
+    ],
+)
+def test_wrong_values(server: Server, field: str, value: object) -> None:
+    assert error_of(server, **{field: value})["param"] == field
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0},
+        {"temperature": 2, "seed": 1},
+        {"top_p": 1},
+        {"top_p": 1e-9, "temperature": 1},
+        {"top_k": -1},
+        {"top_k": 0},
+        {"min_p": 1},
+        {"presence_penalty": -2, "frequency_penalty": 2},
+        {"repetition_penalty": 1.3},
+        {"max_tokens": 1},
+        {"min_tokens": 16},
+        {"seed": -(2**63)},
+        {"seed": 2**63 - 1},
+        {"logit_bias": {"0": -100, "50256": 100}},
+        {"logit_bias": {}},
+        {"stop": ["a"] * 16},
+        {"stop": []},
+        {"stop_token_ids": [0, VOCAB - 1]},
+        {"user": ""},
+        {"cache_salt": "s"},
+        {"n": 1, "best_of": 1, "echo": False, "suffix": "", "logprobs": None},
+        {"stream_options": None},
+        {"prompt": "😀"},
+    ],
+)
+def test_right_values(server: Server, fields: dict[str, Any]) -> None:
+    answer = server.post(**fields)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n", 2), ("best_of", 2), ("echo", True), ("logprobs", 0), ("logprobs", 5), ("suffix", "x")],
+)
+def test_fields_not_served_yet(server: Server, field: str, value: object) -> None:
+    error = error_of(server, **{field: value})
+    assert (error["param"], error["code"]) == (field, "unsupported_parameter")
+    assert "not supported" in error["message"]
+
+
+def test_unknown_fields_are_named(server: Server) -> None:
+    error = error_of(server, tempreature=1)
+    assert (error["param"], error["code"]) == ("tempreature", "unknown_parameter")
+    assert "tempreature" in error["message"]
+    error = error_of(server, stream=True, stream_options={"include_useage": True})
+    assert error["param"] == "stream_options.include_useage"
+
+
+def test_stream_options_need_a_stream(server: Server) -> None:
+    assert error_of(server, stream_options={})["param"] == "stream_options"
+    assert error_of(server, stream=True, stream_options=[])["param"] == "stream_options"
+    wrong = {"include_usage": 1}
+    param = error_of(server, stream=True, stream_options=wrong)["param"]
+    assert param == "stream_options.include_usage"
+
+
+def test_required_fields(server: Server) -> None:
+    for field in ("model", "prompt"):
+        body = request()
+        del body[field]
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == field
+        assert answer.json()["error"]["code"] == "missing_required_parameter"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_are_finite(server: Server, number: str) -> None:
+    body = f'{{"model": "gettysburg", "prompt": "a", "temperature": {number}}}'
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(
+        f"{server.url}/v1/completions", content=body, headers=headers, timeout=PATIENCE
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "temperature"
+
+
+def test_integers_may_be_huge_in_the_json_only(server: Server) -> None:
+    assert error_of(server, max_tokens=10**30)["param"] == "max_tokens"
+    assert error_of(server, prompt=[10**30])["param"] == "prompt"

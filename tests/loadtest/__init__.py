@@ -1,0 +1,1 @@
+"""The Locust user, from its workload to real runs of Locust."""
