@@ -53,7 +53,7 @@ class GEMV(ScheduleRule):  # type: ignore[misc]
         if last is not product:
             sch.compute_at(product, row)
             sch.set_scope(product, 0, "local")
-        sch.compute_at(partial, row)
+        sch.compute_at(partial, row, preserve_unit_loops=True)
         sch.set_scope(partial, 0, "local")
         _vectorize_partial_sums(sch, partial)
 
@@ -95,8 +95,8 @@ def _lanes(sch: s_tir.Schedule, product: Any, wanted: int) -> int | None:
 
 
 def _vectorize_partial_sums(sch: s_tir.Schedule, partial: Any) -> None:
-    lane, step = sch.get_loops(partial)[-2:]
-    sch.reorder(step, lane)
+    lane, row, step = sch.get_loops(partial)[-3:]
+    sch.reorder(row, step, lane)
     sch.vectorize(lane)
     init = sch.decompose_reduction(partial, step)
     sch.vectorize(sch.get_loops(init)[-1])
