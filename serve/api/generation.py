@@ -79,7 +79,7 @@ class Choice:
             text, is_hit = self._stops.push(text)
             if is_hit:
                 self.finish_reason = "stop"
-                self.cancel()
+                self.stream.stop(self.num_generated)
         if text:
             self._text.append(text)
 

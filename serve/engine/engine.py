@@ -48,6 +48,23 @@ class EngineConfig:
     max_kept_prefixes: int = 32
 
 
+@dataclass(frozen=True)
+class _Submission:
+    sequence: Sequence
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class _Ending:
+    sequence: Sequence
+    reason: FinishReason
+    num_generated: int | None  # what the client takes; None: all
+
+
+class _Shutdown:
+    """The engine thread is to end."""
+
+
 class Engine:
     """Continuous batching on one runner, which the engine's own thread alone calls.
 
@@ -70,9 +87,7 @@ class Engine:
             config.max_kept_prefixes,
         )
         self._batcher = Batcher(runner, batching, self._observer)
-        self._inbox: queue.SimpleQueue[tuple[str, Sequence | None, Stream | None]] = (
-            queue.SimpleQueue()
-        )
+        self._inbox: queue.SimpleQueue[_Submission | _Ending | _Shutdown] = queue.SimpleQueue()
         self._live: dict[Sequence, Stream] = {}  # the engine thread's
         self._outbox = Outbox()
         self._ids = itertools.count()
@@ -83,7 +98,6 @@ class Engine:
         self._num_unfinished = 0
         self._error: BaseException | None = None
         self._gauges = self._measure()
-        self._idle = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- called from any thread
@@ -125,10 +139,12 @@ class Engine:
             self._check_open()
             self._num_unfinished += 1
             sequence = Sequence(next(self._ids), tuple(prompt_ids), params, share_key)
-            stream = Stream(
-                asyncio.get_running_loop(), lambda: self._inbox.put(("cancel", sequence, None))
-            )
-            self._inbox.put(("submit", sequence, stream))
+
+            def end(reason: FinishReason, num_generated: int | None) -> None:
+                self._inbox.put(_Ending(sequence, reason, num_generated))
+
+            stream = Stream(asyncio.get_running_loop(), end)
+            self._inbox.put(_Submission(sequence, stream))
         return stream
 
     async def drain(self, seconds: float) -> None:
@@ -138,7 +154,7 @@ class Engine:
         deadline = time.monotonic() + seconds
         while self._num_unfinished and self.is_alive and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-        self._inbox.put(("stop", None, None))
+        self._inbox.put(_Shutdown())
         await asyncio.to_thread(self._thread.join)
 
     def _check(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
@@ -178,29 +194,26 @@ class Engine:
             log.exception("the engine has failed")
             with self._lock:
                 self._error = error
-            self._end_all("error", EngineError(f"The engine has failed: {error}"))
+            self._end_all("error", EngineError("The engine has failed"))
         finally:
             self._publish()
 
     def _take_inbox(self) -> bool:
         """Handle what has come in, waiting for it if there is nothing to do. False: stop."""
-        block = not self._live
         while True:
             try:
-                what, sequence, stream = self._inbox.get(block=block)
+                item = self._inbox.get(block=not self._live)
             except queue.Empty:
                 return True
-            block = False
-            if sequence is None:
+            if isinstance(item, _Shutdown):
                 return False
-            if what == "submit" and stream is not None:
-                self._live[sequence] = stream
-                self._batcher.submit(sequence)
-            elif what == "cancel" and sequence in self._live:
-                self._finish(sequence, "cancelled")
+            if isinstance(item, _Submission):
+                self._live[item.sequence] = item.stream
+                self._batcher.submit(item.sequence)
+            elif item.sequence in self._live:
+                self._finish(item.sequence, item.reason, num_generated=item.num_generated)
             if not self._live:
-                self._publish()
-                block = True
+                self._publish()  # before it waits
 
     def _step(self) -> None:
         batch = self._batcher.next_batch(time.perf_counter())
@@ -209,9 +222,9 @@ class Engine:
         start = time.perf_counter()
         try:
             logits = self._call(batch)
-        except Exception as error:
+        except Exception:
             log.exception("a %s step of %d sequences failed", batch.phase, len(batch.sequences))
-            self._fail(batch.sequences, error)
+            self._fail(batch.sequences)
             return
         seconds = time.perf_counter() - start
         self._batcher.computed(batch)
@@ -234,15 +247,14 @@ class Engine:
         """Give each sequence that has no token left to compute its next one."""
         rows = [i for i, s in enumerate(sequences) if not s.num_pending]
         complete = [sequences[i] for i in rows]
-        try:
-            tokens = sample(logits[rows], complete)
-        except Exception as error:
-            log.exception("sampling failed")
-            self._fail(complete, error)
-            return
+        tokens = sample(logits[rows], complete)
         now = time.perf_counter()
         for sequence, token_id in zip(complete, tokens, strict=True):
-            self._append(sequence, token_id, now)
+            if token_id is None:
+                log.error("sequence %d: no token can be chosen from its logits", sequence.seq_id)
+                self._fail([sequence])
+            else:
+                self._append(sequence, token_id, now)
 
     def _append(self, sequence: Sequence, token_id: int, now: float) -> None:
         sequence.append(token_id)
@@ -254,22 +266,32 @@ class Engine:
         if reason is not None:
             self._finish(sequence, reason)
 
-    def _fail(self, sequences: Seq[Sequence], error: Exception) -> None:
-        cause = EngineError(f"The step that computed this sequence failed: {error}")
+    def _fail(self, sequences: Seq[Sequence]) -> None:
+        cause = EngineError("The step that computed this sequence failed")
         for sequence in sequences:
             self._finish(sequence, "error", cause)
 
     def _finish(
-        self, sequence: Sequence, reason: FinishReason, error: Exception | None = None
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        error: Exception | None = None,
+        num_generated: int | None = None,
     ) -> None:
         self._batcher.finish(sequence, reusable=error is None)
-        self._announce(sequence, reason, error)
+        self._announce(sequence, reason, error, num_generated)
 
-    def _announce(self, sequence: Sequence, reason: FinishReason, error: Exception | None) -> None:
+    def _announce(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        error: Exception | None,
+        num_generated: int | None = None,
+    ) -> None:
         event = FinishEvent(
             reason,
             sequence.num_prompt_tokens,
-            sequence.num_generated,
+            sequence.num_generated if num_generated is None else num_generated,
             sequence.num_cached,
             sequence.timings(time.perf_counter()),
             error,
@@ -284,9 +306,9 @@ class Engine:
         with self._lock:
             self._accepting = False
         while not self._inbox.empty():
-            what, sequence, stream = self._inbox.get()
-            if what == "submit" and sequence is not None and stream is not None:
-                self._live[sequence] = stream
+            item = self._inbox.get()
+            if isinstance(item, _Submission):
+                self._live[item.sequence] = item.stream
         for sequence in list(self._live):
             self._announce(sequence, reason, error)
         self._batcher.waiting.clear()

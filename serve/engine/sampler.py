@@ -16,7 +16,7 @@ from serve.engine.sequence import SamplingParams, Sequence
 Row = NDArray[np.float32]
 
 
-def sample(logits: Logits, sequences: Seq[Sequence]) -> list[int]:
+def sample(logits: Logits, sequences: Seq[Sequence]) -> list[int | None]:
     """The next token of each sequence; row i of `logits` (batch, vocab) belongs to sequences[i].
 
     Draws exactly one number from a sequence's generator for each sampled token, so a seed gives the
@@ -48,17 +48,16 @@ def _bars_stop(sequence: Sequence) -> bool:
     return sequence.num_generated < params.min_tokens and bool(params.stop_token_ids)
 
 
-def _choose(logits: Row, sequence: Sequence) -> int:
+def _choose(logits: Row, sequence: Sequence) -> int | None:
     row = adjust(logits, sequence)
     if sequence.params.temperature == 0:
         return _checked(row, int(np.argmax(row)))
     return _draw(row, sequence.params, sequence.rng.random())
 
 
-def _checked(row: Row, token_id: int) -> int:
-    if np.isnan(row[token_id]):  # argmax of a row with NaN is the NaN
-        raise FloatingPointError("the model's logits contain NaN")
-    return token_id
+def _checked(row: Row, token_id: int) -> int | None:
+    """The token, unless its logit is NaN (argmax of a row with NaN is the NaN) or ruled out."""
+    return token_id if row[token_id] > -np.inf else None
 
 
 def adjust(logits: Row, sequence: Sequence) -> Row:
@@ -82,14 +81,14 @@ def adjust(logits: Row, sequence: Sequence) -> Row:
     return row
 
 
-def _draw(row: Row, params: SamplingParams, uniform: float) -> int:
+def _draw(row: Row, params: SamplingParams, uniform: float) -> int | None:
     """Inverse-CDF sampling over the tokens that top-k, min-p and top-p keep, in that order.
 
     Tokens that tie with the last one kept are kept too.
     """
     best = row.max()
-    if np.isnan(best):
-        raise FloatingPointError("the model's logits contain NaN")
+    if not np.isfinite(best):
+        return None
     weights = np.exp((row - best) / np.float32(params.temperature))  # the best token's weight is 1
     if 0 < params.top_k < len(row):
         kth = np.partition(row, -params.top_k)[-params.top_k]

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from serve.engine.sequence import Event, FinishEvent
+from serve.engine.sequence import Event, FinishEvent, FinishReason
 
 
 class Stream:
@@ -15,8 +15,10 @@ class Stream:
     Belongs to the asyncio loop that submitted the sequence.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Callable[[], None]) -> None:
-        self._loop, self._cancel = loop, cancel
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, end: Callable[[FinishReason, int | None], None]
+    ) -> None:
+        self._loop, self._end = loop, end
         self._events: deque[Event] = deque()
         self._arrived = asyncio.Event()
         self._ended = False
@@ -27,7 +29,11 @@ class Stream:
 
     def cancel(self) -> None:
         """End the sequence within one step; safe from any thread, and after the end."""
-        self._cancel()
+        self._end("cancelled", None)
+
+    def stop(self, num_generated: int) -> None:
+        """As cancel, where these many tokens are the whole answer: they hold a stop string."""
+        self._end("stop", num_generated)
 
     def ready(self) -> list[Event]:
         """The events that are here already, without waiting."""

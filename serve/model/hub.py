@@ -1,7 +1,4 @@
-"""Models from the Hugging Face hub, through huggingface_hub.
-
-Its cache, its offline mode, its token.
-"""
+"""Models from the Hugging Face hub, through huggingface_hub: its cache, offline mode and token."""
 
 from __future__ import annotations
 

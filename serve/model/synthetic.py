@@ -52,7 +52,8 @@ def normal(key: str, count: int) -> NDArray[np.float32]:
     """
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
     words = np.random.PCG64(seed).random_raw(-(-count // 4))
-    return _quantiles()[words.astype("<u8").view("<u2")[:count]]
+    values: NDArray[np.float32] = _quantiles()[words.astype("<u8").view("<u2")[:count]]
+    return values
 
 
 @cache

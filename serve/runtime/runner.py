@@ -40,6 +40,7 @@ class RunnerConfig:
     max_step_tokens: int = 512
     kv_tokens: int | None = None
     threads: int | None = None
+    vocab_size: int | None = None
 
 
 class TVMRunner:
@@ -65,6 +66,7 @@ class TVMRunner:
         self._params = _to_device(manifest.parameters, weights, self._device)
         self._functions = _KVFunctions()
         model = GPT2Config(**manifest.model_config)
+        self._vocab_size = model.vocab_size
         kv_tokens = config.kv_tokens or 8 * model.n_positions
         step_tokens = max(config.max_step_tokens, config.max_batch)
         self._kv = self._vm["create_paged_kv_cache"](
@@ -75,7 +77,7 @@ class TVMRunner:
         )
         num_pages = int(self._functions.available(self._kv))
         self._limits = RunnerLimits(
-            vocab_size=model.vocab_size,
+            vocab_size=min(self._vocab_size, config.vocab_size or self._vocab_size),
             max_context=min(model.n_positions, num_pages * manifest.page_size),
             max_batch=config.max_batch,
             max_step_tokens=step_tokens,
@@ -133,7 +135,7 @@ class TVMRunner:
     def _end(self, logits: Any) -> Logits:
         self._functions.end(self._kv)
         array: Logits = logits.numpy()  # a copy; waits for the device
-        return array.reshape(-1, self._limits.vocab_size)
+        return array.reshape(-1, self._vocab_size)[:, : self._limits.vocab_size]
 
     def _bind_thread(self) -> None:
         """Give this thread a pool of all the CPUs: on x86, TVM would take half of them."""

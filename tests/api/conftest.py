@@ -156,13 +156,18 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def cancels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Wait for the next Stream.cancel()."""
+    """Wait for the next Stream.cancel() or .stop()."""
     called: queue.SimpleQueue[None] = queue.SimpleQueue()
-    original = Stream.cancel
+    cancel, stop = Stream.cancel, Stream.stop
 
-    def cancel(stream: Stream) -> None:
-        original(stream)
+    def tell_cancel(stream: Stream) -> None:
+        cancel(stream)
         called.put(None)
 
-    monkeypatch.setattr(Stream, "cancel", cancel)
+    def tell_stop(stream: Stream, num_generated: int) -> None:
+        stop(stream, num_generated)
+        called.put(None)
+
+    monkeypatch.setattr(Stream, "cancel", tell_cancel)
+    monkeypatch.setattr(Stream, "stop", tell_stop)
     return lambda: called.get(timeout=PATIENCE)
