@@ -46,6 +46,8 @@ class RunnerConfig:
 class TVMRunner:
     """One library with weights on one device; implements serve.engine's ModelRunner.
 
+    `weights`: what `to_device` gives.
+
     Raises LibraryError if the library does not load or lacks a function, WeightsError if the
     weights are not the ones it was compiled for.
     """
@@ -53,7 +55,7 @@ class TVMRunner:
     def __init__(
         self,
         library: Library,
-        weights: Mapping[str, NDArray[np.float32]],
+        weights: Mapping[str, Any],
         backend: Backend,
         config: RunnerConfig | None = None,
     ) -> None:
@@ -63,7 +65,7 @@ class TVMRunner:
         self._thread_id: int | None = None
         self._device = backend.device()
         self._vm = _load(library, self._device)
-        self._params = _to_device(manifest.parameters, weights, self._device)
+        self._params = _in_order(manifest.parameters, weights)
         self._functions = _KVFunctions()
         model = GPT2Config(**manifest.model_config)
         self._vocab_size = model.vocab_size
@@ -174,20 +176,22 @@ def _load(library: Library, device: tvm.runtime.Device) -> Any:
         raise LibraryError(f"{library.path}: does not load: {error}") from error
 
 
-def _to_device(
-    parameters: Sequence[tuple[str, tuple[int, ...]]],
-    weights: Mapping[str, NDArray[np.float32]],
-    device: tvm.runtime.Device,
+def to_device(
+    weights: Mapping[str, NDArray[np.float32]], device: tvm.runtime.Device
+) -> dict[str, Any]:
+    """The weights as TVM tensors on the device, to share among runners. Copies one at a time."""
+    return {name: tvm.runtime.tensor(weights[name], device) for name in weights}
+
+
+def _in_order(
+    parameters: Sequence[tuple[str, tuple[int, ...]]], weights: Mapping[str, Any]
 ) -> list[Any]:
     """The weights in the library's calling order."""
-    tensors = []
     for name, shape in parameters:
-        array = weights.get(name)
-        if array is None or array.shape != tuple(shape):
-            found = "nothing" if array is None else f"shape {list(array.shape)}"
+        found = f"shape {list(weights[name].shape)}" if name in weights else "nothing"
+        if found != f"shape {list(shape)}":
             raise WeightsError(name, f"shape {list(shape)}", found, "the loaded weights")
-        tensors.append(tvm.runtime.tensor(array, device))
-    return tensors
+    return [weights[name] for name, _ in parameters]
 
 
 def _packed(chunks: Sequence[Chunk]) -> NDArray[np.int32]:
