@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic_core import ErrorDetails
 
 from serve.engine import EngineConfig
 from serve.errors import ConfigError
@@ -71,16 +72,20 @@ class MetricsSection(Section):
     window_seconds: float = Field(default=10.0, gt=0)
 
 
-class Settings(Section):
+@dataclass(frozen=True)
+class Settings:
     """All of it. `hub`, `engine` and `runner` belong to the packages that use them."""
 
-    model: ModelSection = ModelSection()
-    library: LibrarySection = LibrarySection()
-    server: ServerSection = ServerSection()
-    metrics: MetricsSection = MetricsSection()
-    hub: HubConfig = HubConfig()
-    engine: EngineConfig = EngineConfig()
-    runner: RunnerConfig = RunnerConfig()
+    model: ModelSection = field(default_factory=ModelSection)
+    library: LibrarySection = field(default_factory=LibrarySection)
+    server: ServerSection = field(default_factory=ServerSection)
+    metrics: MetricsSection = field(default_factory=MetricsSection)
+    hub: HubConfig = field(default_factory=HubConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
+
+
+SECTIONS = get_type_hints(Settings)
 
 
 def load_settings(
@@ -107,54 +112,61 @@ def load_settings(
 
 
 def _validated(values: dict[str, Any], sources: dict[str, str]) -> Settings:
+    sections = {name: _section(name, given, sources) for name, given in values.items()}
+    return Settings(**sections)
+
+
+def _section(section: str, given: dict[str, Any], sources: dict[str, str]) -> Any:
     try:
-        settings = Settings(**values)
+        checked = _checker(section)(**given)
     except ValidationError as invalid:
         first = invalid.errors()[0]
-        key = ".".join(str(part) for part in first["loc"][:2])
-        source = sources.get(key, "settings")
-        expected = _expected(key, first["type"], first["msg"])
-        raise ConfigError(source, key, first["input"], expected) from None
-    for section in ("engine", "runner"):
-        for name, value in asdict(getattr(settings, section)).items():
-            at_least = 0 if name == "max_kept_prefixes" else 1
-            if isinstance(value, int) and not isinstance(value, bool) and value < at_least:
-                key = f"{section}.{name}"
-                source = sources.get(key, "settings")
-                raise ConfigError(source, key, value, f"an integer of at least {at_least}")
-    return settings
+        key = f"{section}.{first['loc'][0]}"
+        raise ConfigError(sources[key], key, first["input"], _expected(section, first)) from None
+    kind = SECTIONS[section]
+    return checked if isinstance(checked, kind) else kind(**checked.model_dump())
 
 
-def _expected(key: str, kind: str, message: str) -> str:
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return _known(key.partition(".")[0])
-    return message.removeprefix("Input should be ")
-
-
-def _types(section: str) -> dict[str, Any]:
-    """The section's keys and their types."""
-    kind: Any = Settings.model_fields[section].annotation
-    names = kind.model_fields if issubclass(kind, BaseModel) else [f.name for f in fields(kind)]
+def _checker(section: str) -> type[Section]:
+    """The section as a model, made here from a plain dataclass, whose counts are at least 1."""
+    kind: Any = SECTIONS[section]
+    if issubclass(kind, Section):
+        model: type[Section] = kind
+        return model
     hints = get_type_hints(kind)
-    return {name: hints[name] for name in names}
+    rules = {
+        f.name: Field(default=f.default, ge=f.metadata.get("at_least", 1))
+        if hints[f.name] in (int, int | None)
+        else f.default
+        for f in fields(kind)
+    }
+    definitions: Any = {name: (hints[name], rule) for name, rule in rules.items()}
+    return create_model(kind.__name__, __base__=Section, **definitions)
+
+
+def _expected(section: str, error: ErrorDetails) -> str:
+    if error["type"] == "extra_forbidden":
+        return _known(section)
+    return error["msg"].removeprefix("Input should be ")
 
 
 def _known(section: str) -> str:
-    if section in Settings.model_fields:
-        return f"a known key of [{section}]: {', '.join(_types(section))}"
-    return f"a known section: {', '.join(Settings.model_fields)}"
+    if section in SECTIONS:
+        return f"a known key of [{section}]: {', '.join(_checker(section).model_fields)}"
+    return f"a known section: {', '.join(SECTIONS)}"
 
 
 def _parse(key: str, text: str, source: str) -> Any:
     """A value given as text, by the type of its key."""
     section, _, name = key.partition(".")
-    types = _types(section) if section in Settings.model_fields else {}
-    if name not in types:
+    known = _checker(section).model_fields if section in SECTIONS else {}
+    if name not in known:
         raise ConfigError(source, key, text, _known(section))
     try:
-        return TypeAdapter(types[name]).validate_strings(text)
+        kind: Any = known[name].annotation
+        return TypeAdapter(kind).validate_strings(text)
     except ValidationError as invalid:
-        expected = _expected(key, invalid.errors()[0]["type"], invalid.errors()[0]["msg"])
+        expected = _expected(section, invalid.errors()[0])
         raise ConfigError(source, key, text, expected) from None
 
 
@@ -167,7 +179,7 @@ def _from_file(file: Path | None) -> Iterator[Setting]:
     except (OSError, ValueError) as error:
         raise ConfigError("settings", "file", str(path), f"a readable TOML file: {error}") from None
     for section, table in raw.items():
-        if section not in Settings.model_fields or not isinstance(table, dict):
+        if section not in SECTIONS or not isinstance(table, dict):
             raise ConfigError(str(path), section, table, _known(""))
         for name, value in table.items():
             yield f"{section}.{name}", value, str(path)
@@ -177,7 +189,7 @@ def _from_environment(environment: Mapping[str, str]) -> Iterator[Setting]:
     """DLIGHT_SERVER_PORT is server.port; other DLIGHT_ variables are not settings."""
     for variable, text in environment.items():
         section, _, name = variable.removeprefix(ENV_PREFIX).lower().partition("_")
-        if variable.startswith(ENV_PREFIX) and section in Settings.model_fields:
+        if variable.startswith(ENV_PREFIX) and section in SECTIONS:
             key = f"{section}.{name}"
             yield key, _parse(key, text, f"environment variable {variable}"), variable
 

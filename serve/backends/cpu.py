@@ -14,8 +14,19 @@ from serve.backends.backend import Backend
 
 
 def target() -> Mapping[str, Any]:
-    """Without `mcpu` TVM would compile for the oldest x86-64: no AVX at all."""
-    return {"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()}
+    """Without `mcpu` TVM would compile for the oldest x86-64: no AVX at all.
+
+    A virtual machine may hide some of what a processor of that name has: `mattr` says which.
+    """
+    named = {"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()}
+    hidden = sorted(codegen.llvm_get_cpu_features(tvm.target.Target(named)) & _absent_features())
+    return named | ({"mattr": [f"-{feature}" for feature in hidden]} if hidden else {})
+
+
+def _absent_features() -> set[str]:
+    """What this processor could have and has not, by LLVM's names."""
+    features = tvm.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")()
+    return {str(name) for name, present in (features or {}).items() if not present}
 
 
 def usable_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -25,12 +36,10 @@ def usable_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     except AttributeError:  # not on macOS
         available = os.cpu_count() or 1
     try:
-        quota, period = quota_file.read_text().split()
-    except (OSError, ValueError):
+        quota, period = (int(number) for number in quota_file.read_text().split())
+        return max(1, min(available, -(-quota // period)))
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max": no quota
         return available
-    if quota == "max":
-        return available
-    return max(1, min(available, -(-int(quota) // int(period))))
 
 
 CPU = Backend("cpu", "cpu", target, tvm.cpu)

@@ -10,7 +10,6 @@ import fcntl
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,9 +53,14 @@ class LibraryCache:
 
     @contextlib.contextmanager
     def lock(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
-        """One process at a time; the lock goes with its process, however that ends."""
-        self._root.mkdir(parents=True, exist_ok=True)
-        with (self._root / f"{key}.lock").open("w") as file:
+        """One process at a time; the lock goes with its process, however that ends.
+
+        Raises LibraryError if the cache cannot be written.
+        """
+        with self._writing():
+            self._root.mkdir(parents=True, exist_ok=True)
+            file = (self._root / f"{key}.lock").open("w")
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -67,17 +71,31 @@ class LibraryCache:
     def store(self, key: str, build: Callable[[Path], None]) -> Library:
         """Let `build` fill a temporary folder, then put it in place.
 
-        Call it under the key's lock.
+        Call it under the key's lock. Raises LibraryError if the cache cannot be written, or `build`
+        leaves no library.
         """
-        temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=self._root))
+        for left in self._root.glob(f".building-{key}-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = self._root / f".building-{key}-{os.getpid()}"
+        with self._writing():
+            temporary.mkdir()
         try:
             build(temporary)
             library = open_library(temporary)  # never store what could not be loaded
             folder = self.folder(key)
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
+            with self._writing():
+                if folder.exists():
+                    shutil.rmtree(folder)
+                temporary.rename(folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         return Library(folder / library.path.name, library.manifest)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            message = f"{self._root}: the cache of libraries cannot be written: {error}"
+            raise LibraryError(message) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -77,7 +78,8 @@ def get_library(
 
     Two processes that ask at once compile once.
 
-    Raises CompileError with the compiler's log if it fails, crashes or takes longer than the limit.
+    Raises CompileError with the compiler's log if it fails, crashes or takes longer than the limit,
+    and LibraryError if the cache cannot be written.
     """
     start = time.perf_counter()
     request = job.request()
@@ -105,13 +107,15 @@ def compile_in_child(
     request: dict[str, Any], on_progress: OnProgress, time_limit_seconds: float
 ) -> None:
     """Run the pipeline in a child process, passing its phases on."""
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "serve.compiler.pipeline"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            errors="replace",
+            start_new_session=True,  # a group of its own, to be stopped with its linker or nvcc
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         assert child.stdin is not None
@@ -120,7 +124,7 @@ def compile_in_child(
 
         def expire() -> None:
             expired.set()
-            child.kill()
+            _stop(child)
 
         timer = threading.Timer(time_limit_seconds, expire)
         timer.start()
@@ -131,7 +135,7 @@ def compile_in_child(
             code = child.wait()
         finally:
             timer.cancel()
-            child.kill()
+            _stop(child)
             child.wait()
             child.stdout.close()
         if code != 0:
@@ -139,6 +143,13 @@ def compile_in_child(
             raise CompileError(
                 f"compiling {what} {_cause(code, expired, time_limit_seconds)}", _tail(log)
             )
+
+
+def _stop(child: subprocess.Popen[str]) -> None:
+    """Kill it, if it still runs, and all that it has started."""
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def _send(child: subprocess.Popen[str], request: dict[str, Any]) -> None:
@@ -152,10 +163,10 @@ def _send(child: subprocess.Popen[str], request: dict[str, Any]) -> None:
 
 def _pass_on(line: str, on_progress: OnProgress) -> None:
     try:
-        phase = json.loads(line)["phase"]
+        number = PHASES.index(json.loads(line)["phase"]) + 1
     except (ValueError, TypeError, KeyError):
         return  # something else that was printed
-    on_progress(f"[{PHASES.index(phase) + 1}/{len(PHASES)}] {phase}")
+    on_progress(f"[{number}/{len(PHASES)}] {PHASES[number - 1]}")
 
 
 def _cause(code: int, expired: threading.Event, time_limit_seconds: float) -> str:

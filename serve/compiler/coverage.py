@@ -43,9 +43,9 @@ def schedule(
     """Offer every kernel to the rules in order; the first that takes it wins.
 
     Returns the scheduled module and the coverage, by kernel name. Raises CompileError naming the
-    kernel and the rule, if a rule fails rather than declines.
+    rule if it cannot be made, and the kernel too if it fails rather than declines.
     """
-    built = [(use.rule.id, use.build()) for use in rules]
+    built = [(use.rule.id, _build(use)) for use in rules]
     callers = _callers(mod)
     coverage = []
     with target:
@@ -61,6 +61,13 @@ def schedule(
                 mod[variable] = scheduled.with_attr("tirx.is_scheduled", True)
             coverage.append(KernelCoverage(name, rule, as_written, tuple(sorted(callers[name]))))
     return mod, sorted(coverage, key=lambda entry: entry.kernel)
+
+
+def _build(use: RuleUse) -> Any:
+    try:
+        return use.build()
+    except Exception as error:
+        raise CompileError(f"rule {use.rule.id} ({use.rule.path}) is broken: {error}") from error
 
 
 def _first_taker(

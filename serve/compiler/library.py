@@ -15,6 +15,7 @@ from typing import Any
 from serve.errors import LibraryError
 
 LIBRARY_FILE, MANIFEST_FILE = "library.so", "manifest.json"
+MANIFEST_DIGEST = "manifest_digest"  # the key in the file: sha256 of all the others
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,15 @@ class Library:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    text = json.dumps(asdict(manifest), indent=1, sort_keys=True)
+    raw = asdict(manifest)
+    raw[MANIFEST_DIGEST] = _digest(raw)
+    text = json.dumps(raw, indent=1, sort_keys=True)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _digest(raw: Mapping[str, Any]) -> str:
+    canonical = json.dumps(raw, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -69,12 +77,15 @@ def open_library(folder: Path) -> Library:
     """
     try:
         raw = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        if raw.pop(MANIFEST_DIGEST) != _digest(raw):
+            raise ValueError(f"{MANIFEST_FILE} is damaged")
         raw["parameters"] = tuple((name, tuple(shape)) for name, shape in raw["parameters"])
         raw["rules"], raw["coverage"] = tuple(raw["rules"]), tuple(raw["coverage"])
         manifest = Manifest(**raw)
         digest = file_digest(folder / LIBRARY_FILE)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise LibraryError(f"{folder}: not a compiled library: {error}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise LibraryError(f"{folder}: not a compiled library: {problem}") from None
     if digest != manifest.digest:
         raise LibraryError(
             f"{folder / LIBRARY_FILE}: damaged: its sha256 is {digest}, "

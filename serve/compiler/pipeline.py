@@ -20,6 +20,7 @@ from profiles import read_profile
 from serve.backends import get_backend
 from serve.compiler.coverage import KernelCoverage, schedule
 from serve.compiler.library import LIBRARY_FILE, Manifest, file_digest, write_manifest
+from serve.errors import CompileError
 from serve.model.config import GPT2Config
 from serve.model.gpt2 import PAGE_SIZE, export
 
@@ -78,6 +79,8 @@ def build(request: dict[str, Any], folder: Path, report: Report) -> None:
     target = tvm.target.Target(request["target"])
     profile = read_profile(Path(request["profile_source"]))
     rules = profile.rules_for(backend.name, backend.family)
+    if profile.digest(backend.name, backend.family) != request["profile_digest"]:
+        raise CompileError(f"{profile.source} was changed in the meantime")
     with target:
         report("export")
         mod, parameters = export(GPT2Config(**request["model_config"]))

@@ -47,7 +47,8 @@ class Batcher:
     ) -> None:
         limits = runner.limits
         self._runner, self._config, self._observer = runner, config, observer
-        self._max_running = min(config.max_running, limits.max_batch)
+        assert limits.max_context <= limits.num_pages * limits.page_size, "a sequence always fits"
+        self.max_running = min(config.max_running, limits.max_batch)
         self._max_step_tokens = min(config.prefill_chunk_tokens, limits.max_step_tokens)
         self.budget = KVBudget(limits.num_pages, limits.page_size)
         self._prefixes = PrefixCache(config.max_kept_prefixes, limits.page_size)
@@ -60,17 +61,21 @@ class Batcher:
 
     def next_batch(self, now: float) -> Batch | None:
         """A prefill chunk *or* one decode step; they alternate while there is work for both."""
-        self._admit(now)
+        while True:
+            self._admit(now)
+            if not self.running:
+                return None
+            batch = self._choose()
+            if self._make_room(batch):
+                self._last_phase = batch.phase
+                return batch
+            # Somebody was preempted: choose again.
+
+    def _choose(self) -> Batch:
         prefilling = [s for s in self.running if s.phase is Phase.PREFILL]
         decoding = [s for s in self.running if s.phase is Phase.DECODE]
-        if not self.running:
-            return None
         prefill = bool(prefilling) and not (decoding and self._last_phase == "prefill")
-        batch = self._prefill_batch(prefilling) if prefill else self._decode_batch(decoding)
-        if self._make_room(batch):
-            self._last_phase = batch.phase
-            return batch
-        return self.next_batch(now)  # somebody was preempted: choose again
+        return self._prefill_batch(prefilling) if prefill else self._decode_batch(decoding)
 
     def computed(self, batch: Batch) -> None:
         """The runner has put the batch's tokens into the KV cache."""
@@ -103,18 +108,27 @@ class Batcher:
         self._runner.release(seq_id)
 
     def _admit(self, now: float) -> None:
-        """First come, first served, while pages are left that no running sequence needs."""
-        while self.waiting and len(self.running) < self._max_running:
+        """First come, first served, while pages are left that no running sequence needs.
+
+        Not before the next prefill step has room, so that equal prompts find what the first of them
+        has computed.
+        """
+        while self.waiting and self._has_room_for_one():
             sequence = self.waiting[0]
             parent, shared = self._find_prefix(sequence)
-            if not self._has_pages_for(sequence, shared):
-                if self._can_evict_for(sequence, shared):
-                    self._release_evicted()
-                    continue  # the prefix may be what was evicted: look again
+            missing = self._missing_pages(sequence, shared)
+            if missing > self._num_evictable(parent, shared):
                 return
+            if missing > 0:
+                self._release_evicted()
+                continue  # the prefix may be what was evicted: look again
             self.waiting.popleft()
             self._open(sequence, parent, shared)
             self._admitted(sequence, shared, now)
+
+    def _has_room_for_one(self) -> bool:
+        to_prefill = sum(s.num_pending for s in self.running if s.phase is Phase.PREFILL)
+        return len(self.running) < self.max_running and to_prefill < self._max_step_tokens
 
     def _find_prefix(self, sequence: Sequence) -> tuple[Sequence | None, int]:
         if not self._config.prefix_sharing:
@@ -127,12 +141,11 @@ class Batcher:
         own = self.budget.pages_for(len(sequence.token_ids)) - shared // self.budget.page_size
         return owed + own - self.budget.num_free
 
-    def _has_pages_for(self, sequence: Sequence, shared: int) -> bool:
-        return self._missing_pages(sequence, shared) <= 0
-
-    def _can_evict_for(self, sequence: Sequence, shared: int) -> bool:
-        shareable = shared // self.budget.page_size  # evicting these would not help
-        return self._missing_pages(sequence, shared) <= self.budget.num_evictable - shareable
+    def _num_evictable(self, parent: Sequence | None, shared: int) -> int:
+        """Pages that evicting can free while those to be shared stay."""
+        if parent is None:
+            return self.budget.num_evictable
+        return self.budget.num_evictable_beside(parent.seq_id, shared)
 
     def _open(self, sequence: Sequence, parent: Sequence | None, shared: int) -> None:
         if parent is None:
@@ -171,7 +184,7 @@ class Batcher:
         needed = sum(self.budget.needed(s.seq_id, n) for s, n in items)
         if self._free_up(needed):
             return True
-        assert len(self.running) > 1, "a single sequence fits: Engine.submit checks it"
+        assert len(self.running) > 1, "a sequence always fits"
         self._preempt(self.running.pop())
         return False
 
@@ -194,3 +207,9 @@ class Batcher:
         sequence.phase, sequence.num_computed = Phase.WAITING, 0
         self.waiting.appendleft(sequence)
         self._observer.on_preemption()
+
+    def abandon(self) -> None:
+        """Forget all sequences and leave the runner as it is."""
+        self.waiting.clear()
+        self.running.clear()
+        self.budget = KVBudget(self.budget.num_pages, self.budget.page_size)

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from serve.engine.batcher import Batch, Batcher, BatcherConfig
 from serve.engine.runner import Chunk, Logits, ModelRunner, RunnerLimits
@@ -45,7 +45,7 @@ class EngineConfig:
     max_waiting: int = 1024
     prefill_chunk_tokens: int = 256
     prefix_sharing: bool = True
-    max_kept_prefixes: int = 32
+    max_kept_prefixes: int = field(default=32, metadata={"at_least": 0})
 
 
 @dataclass(frozen=True)
@@ -131,19 +131,20 @@ class Engine:
         """Queue a sequence. Call it in a running asyncio loop.
 
         `share_key`: KV pages are shared among sequences with equal keys only; None never shares.
-        Raises RequestError (empty prompt, a token id outside the vocabulary), ContextLengthError,
-        OverloadedError (the queue is full), EngineError (draining or dead).
+        Raises RequestError (empty prompt, a token id outside the vocabulary, also in logit_bias),
+        ContextLengthError, OverloadedError (the queue is full), EngineError (draining or dead).
         """
         self._check(prompt_ids, params)
+        loop = asyncio.get_running_loop()
         with self._lock:
             self._check_open()
-            self._num_unfinished += 1
             sequence = Sequence(next(self._ids), tuple(prompt_ids), params, share_key)
 
             def end(reason: FinishReason, num_generated: int | None) -> None:
                 self._inbox.put(_Ending(sequence, reason, num_generated))
 
-            stream = Stream(asyncio.get_running_loop(), end)
+            stream = Stream(loop, end)
+            self._num_unfinished += 1
             self._inbox.put(_Submission(sequence, stream))
         return stream
 
@@ -155,18 +156,22 @@ class Engine:
         while self._num_unfinished and self.is_alive and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         self._inbox.put(_Shutdown())
+        if self._thread.ident is None:  # never started: somebody may have submitted all the same
+            self._thread.start()
         await asyncio.to_thread(self._thread.join)
 
     def _check(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
         limits = self._runner.limits
         if not prompt_ids:
             raise RequestError("The prompt is empty: give at least one token", param="prompt")
-        for token_id in prompt_ids:
-            if not 0 <= token_id < limits.vocab_size:
-                raise RequestError(
-                    f"Token id {token_id} is outside the vocabulary (0 to {limits.vocab_size - 1})",
-                    param="prompt",
-                )
+        for param, token_ids in (("prompt", prompt_ids), ("logit_bias", params.logit_bias)):
+            for token_id in token_ids:
+                if not 0 <= token_id < limits.vocab_size:
+                    raise RequestError(
+                        f"Token id {token_id} is outside the vocabulary "
+                        f"(0 to {limits.vocab_size - 1})",
+                        param,
+                    )
         if params.max_tokens < 1:
             raise RequestError(f"max_tokens is {params.max_tokens}; at least 1", param="max_tokens")
         if len(prompt_ids) + params.max_tokens > limits.max_context:
@@ -177,7 +182,7 @@ class Engine:
             raise EngineError("The engine has failed and takes no more requests")
         if not self._accepting:
             raise EngineError("The server is shutting down and takes no more requests")
-        if self._num_unfinished >= self._config.max_waiting + self._config.max_running:
+        if self._num_unfinished >= self._config.max_waiting + self._batcher.max_running:
             raise OverloadedError(
                 f"{self._num_unfinished} sequences are queued or running; try again later", 1.0
             )
@@ -189,12 +194,12 @@ class Engine:
             while self._take_inbox():
                 self._step()
                 self._publish()
-            self._end_all("cancelled", None)
+            self._cancel_all()
         except BaseException as error:
             log.exception("the engine has failed")
             with self._lock:
                 self._error = error
-            self._end_all("error", EngineError("The engine has failed"))
+            self._abandon_all()
         finally:
             self._publish()
 
@@ -207,13 +212,16 @@ class Engine:
                 return True
             if isinstance(item, _Shutdown):
                 return False
-            if isinstance(item, _Submission):
-                self._live[item.sequence] = item.stream
-                self._batcher.submit(item.sequence)
-            elif item.sequence in self._live:
-                self._finish(item.sequence, item.reason, num_generated=item.num_generated)
+            self._handle(item)
             if not self._live:
                 self._publish()  # before it waits
+
+    def _handle(self, item: _Submission | _Ending) -> None:
+        if isinstance(item, _Submission):
+            self._live[item.sequence] = item.stream
+            self._batcher.submit(item.sequence)
+        elif item.sequence in self._live:
+            self._finish(item.sequence, item.reason, num_generated=item.num_generated)
 
     def _step(self) -> None:
         batch = self._batcher.next_batch(time.perf_counter())
@@ -247,7 +255,9 @@ class Engine:
         """Give each sequence that has no token left to compute its next one."""
         rows = [i for i, s in enumerate(sequences) if not s.num_pending]
         complete = [sequences[i] for i in rows]
-        tokens = sample(logits[rows], complete)
+        if len(rows) < len(sequences):
+            logits = logits[rows]  # a copy
+        tokens = sample(logits, complete)
         now = time.perf_counter()
         for sequence, token_id in zip(complete, tokens, strict=True):
             if token_id is None:
@@ -297,22 +307,32 @@ class Engine:
             error,
         )
         self._outbox.put(self._live.pop(sequence), event)
-        self._observer.on_finish(event)
         with self._lock:
             self._num_unfinished -= 1
+        self._observer.on_finish(event)
 
-    def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
-        """Whatever state the engine is in: tell everybody, the unread submissions too."""
-        with self._lock:
-            self._accepting = False
+    def _cancel_all(self) -> None:
+        """Drained: nothing more comes in."""
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            if not isinstance(item, _Shutdown):
+                self._handle(item)
+        for sequence in list(self._live):
+            self._finish(sequence, "cancelled")
+
+    def _abandon_all(self) -> None:
+        """Whatever state runner and batcher are in: tell everybody, the unread submissions too."""
         while not self._inbox.empty():
             item = self._inbox.get()
             if isinstance(item, _Submission):
                 self._live[item.sequence] = item.stream
+        self._batcher.abandon()
+        error = EngineError("The engine has failed")
         for sequence in list(self._live):
-            self._announce(sequence, reason, error)
-        self._batcher.waiting.clear()
-        self._batcher.running.clear()
+            try:
+                self._announce(sequence, "error", error)
+            except Exception:
+                log.exception("the observer has failed")
 
     def _publish(self) -> None:
         self._gauges = self._measure()

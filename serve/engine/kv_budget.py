@@ -41,6 +41,11 @@ class KVBudget:
         """Pages that only retired sequences hold."""
         return len(self._holders) - len(self._live_holders)
 
+    def num_evictable_beside(self, seq_id: int, num_tokens: int) -> int:
+        """The same, but for the pages in which this sequence has whole pages of its head."""
+        head = self._pages[seq_id][: num_tokens // self.page_size]
+        return self.num_evictable - sum(page not in self._live_holders for page in head)
+
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 

@@ -26,27 +26,30 @@ class PrefixCache:
         if sequence.share_key is None:
             return None
         wanted = sequence.token_ids[:-1]
-        best: tuple[Sequence, int] | None = None
+        best: Sequence | None = None
+        length = self._min_tokens - 1  # to be surpassed
         for other in (*self._entries.values(), *live):
             if other is sequence or other.share_key != sequence.share_key:
                 continue
-            length = common_prefix(wanted, other.token_ids[: other.num_computed])
-            if length >= self._min_tokens and (best is None or length > best[1]):
-                best = (other, length)
-        if best is not None and best[0].seq_id in self._entries:
-            self._entries.move_to_end(best[0].seq_id)
-        return best
+            if min(len(wanted), other.num_computed) <= length:
+                continue
+            if other.token_ids[length] != wanted[length]:  # rules out nearly all others at once
+                continue
+            common = common_prefix(wanted, other.token_ids[: other.num_computed])
+            if common > length:
+                best, length = other, common
+        if best is None:
+            return None
+        if best.seq_id in self._entries:
+            self._entries.move_to_end(best.seq_id)
+        return best, length
 
     def keep(self, sequence: Sequence) -> bool:
         """Keep a finished sequence, unless it could never be shared or another one covers it."""
         if sequence.share_key is None or sequence.num_computed < self._min_tokens:
             return False
-        tokens = sequence.token_ids[: sequence.num_computed]
-        for other in self._entries.values():
-            if other.share_key == sequence.share_key:
-                covered = other.token_ids[: other.num_computed][: len(tokens)]
-                if covered == tokens:
-                    return False
+        if any(_covers(other, sequence) for other in self._entries.values()):
+            return False
         self._entries[sequence.seq_id] = sequence
         return True
 
@@ -57,6 +60,14 @@ class PrefixCache:
     def evict(self) -> int | None:
         """Forget the least recently useful sequence and return its id."""
         return self._entries.popitem(last=False)[0] if self._entries else None
+
+
+def _covers(other: Sequence, sequence: Sequence) -> bool:
+    """Whether all that is computed of `sequence` is computed of the other, too."""
+    length = sequence.num_computed
+    if other.share_key != sequence.share_key or other.num_computed < length:
+        return False
+    return other.token_ids[:length] == sequence.token_ids[:length]
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

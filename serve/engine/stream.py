@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
 
@@ -71,8 +72,8 @@ class Outbox:
     def flush(self) -> None:
         pending, self._pending = self._pending, {}
         for loop, events in pending.items():
-            # A closed loop has nobody left to tell.
-            if not loop.is_closed():
+            # A closed loop has nobody left to tell; asking first would leave it time to close.
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(_dispatch, events)
 
 

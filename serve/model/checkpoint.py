@@ -108,7 +108,7 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > size:
+            if 8 + length > size:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header: dict[str, Any] = json.loads(file.read(length))
         header.pop("__metadata__", None)

@@ -6,6 +6,7 @@ Knows nothing of TVM or of weights.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from serve.errors import ModelError
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu", "tanh")
 # Keys of config.json that change the function the model computes and that we cannot honour.
 REFUSED = {"add_cross_attention": False, "quantization_config": None, "pruned_heads": None}
+# What transformers reads GPT-2's keys by as well.
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,7 @@ def parse_config(raw: dict[str, Any], source: str) -> GPT2Config:
         raise ModelError(
             f"{source}: model_type is {raw.get('model_type')!r}; only 'gpt2' can be served"
         )
+    raw = _by_own_names(raw, source)
     for key, neutral in REFUSED.items():
         if raw.get(key) not in (neutral, None, {}, False):
             raise ModelError(f"{source}: {key} = {raw[key]!r} is not supported")
@@ -132,6 +141,14 @@ def parse_config(raw: dict[str, Any], source: str) -> GPT2Config:
     )
 
 
+def _by_own_names(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    own = dict(raw)
+    for alias, key in ALIASES.items():
+        if alias in own and own.setdefault(key, own[alias]) != own[alias]:
+            raise ModelError(f"{source}: {key} = {own[key]!r}, but {alias} = {own[alias]!r}")
+    return own
+
+
 def _positive_int(raw: dict[str, Any], key: str, default: int, source: str) -> int:
     value = raw.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -141,7 +158,7 @@ def _positive_int(raw: dict[str, Any], key: str, default: int, source: str) -> i
 
 def _positive_float(raw: dict[str, Any], key: str, default: float, source: str) -> float:
     value = raw.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ModelError(f"{source}: {key} = {value!r}: expected a positive number")
     return float(value)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is its httpx's
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -43,7 +43,7 @@ class HubConfig:
     revision: str | None = None
     cache_dir: str | None = None
     offline: bool = False
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
 
 
 def fetch(repo_id: str, config: HubConfig) -> Path:
@@ -73,6 +73,6 @@ def fetch(repo_id: str, config: HubConfig) -> Path:
         raise ModelError(
             f"{at}: not in the cache, and the hub was not reached (offline, or no network): {error}"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise ModelError(f"{at}: the download failed: {error}") from None
     return Path(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -41,13 +42,13 @@ def find_model(spec: str, hub: HubConfig | None = None) -> ModelSource:
 
     Raises ModelError saying what was looked for.
     """
-    kind, _, name = spec.partition(":")
-    if kind == "bundled" and name:
+    kind, colon, name = spec.partition(":")
+    if kind == "bundled" and colon:
         return _bundled(spec, name)
-    if kind == "synthetic" and name:
+    if kind == "synthetic" and colon:
         return _synthetic(spec, name)
-    folder = Path(spec).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(spec))
+    if spec and os.path.isdir(folder):  # False too where it may not even be looked at
         return _in_folder(spec, folder.resolve().name, folder)
     if _looks_like_path(spec):
         raise ModelError(f"model {spec!r}: no such folder")

@@ -2,8 +2,9 @@
 
 The text is noise.
 
-Only integer arithmetic, table look-ups and single IEEE operations touch the values: no libm in
-between.
+Only integer arithmetic, look-ups in one table and single IEEE operations touch the values. The
+table is made in doubles, which another machine's `log` may round otherwise; no entry is so near the
+middle of two float32 that it would matter (a test holds that).
 """
 
 from __future__ import annotations

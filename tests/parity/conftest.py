@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,8 +80,8 @@ def toy(make_model: MakeModel) -> Judged:
 
 
 @pytest.fixture(scope="session")
-def library_cache(tmp_path_factory: pytest.TempPathFactory) -> LibraryCache:
-    return LibraryCache(tmp_path_factory.mktemp("libraries"))
+def library_cache(cache: Path) -> LibraryCache:
+    return LibraryCache(cache)
 
 
 @pytest.fixture(scope="session")
