@@ -72,8 +72,11 @@ class Profile:
 def list_profiles(folder: Path | None = None) -> dict[str, Path]:
     """Name -> file of every profile.
 
-    The shipped ones, and the user's own in `folder`, which win.
+    The shipped ones, and the user's own in `folder`, which win. Raises ProfileError if there is no
+    such folder.
     """
+    if folder is not None and not folder.is_dir():
+        raise ProfileError(str(folder), "profiles", "no such folder")
     folders = [SHIPPED] + ([folder] if folder is not None else [])
     return {path.stem: path for each in folders for path in sorted(each.glob("*.toml"))}
 

@@ -14,10 +14,13 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
 
+from profiles.errors import ProfileError
+
+ENTRY_POINTS = "dlight_serve.rules"
 Family = Literal["cpu", "gpu"]
 ParameterValue = int | float | bool | str
 
@@ -51,32 +54,45 @@ class Rule:
         return getattr(importlib.import_module(module), name)(**values)
 
     def source_digest(self) -> str:
-        """sha256 of the rule's source file; TVM's own rules are covered by TVM's version."""
+        """sha256 of the rule's source; TVM's own rules are covered by TVM's version.
+
+        Raises ProfileError if there is no such file.
+        """
         module = self.path.partition(":")[0]
         if module.partition(".")[0] == "tvm":
             return "tvm"
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"rule {self.id!r}: module {module!r} is not importable")
-        return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+        try:
+            spec = importlib.util.find_spec(module)
+            source = None if spec is None or spec.origin is None else _sources(Path(spec.origin))
+        except (ImportError, OSError) as error:
+            raise ProfileError(self.path, self.id, f"its source is not readable: {error}") from None
+        if source is None:
+            raise ProfileError(self.path, self.id, f"there is no module {module!r}")
+        return hashlib.sha256(source).hexdigest()
+
+
+def _sources(module: Path) -> bytes:
+    """The module's text and, in a package, that of its neighbours, on which it may build."""
+    is_in_package = (module.parent / "__init__.py").exists()
+    files = sorted(module.parent.glob("*.py")) if is_in_package else [module]
+    return b"".join(file.read_bytes() for file in files)
 
 
 _DL = "tvm.s_tir.dlight"
-_GEMV = (
-    Parameter("lanes", 64, (16, 32, 64, 128), "partial sums of a row, in vector registers"),
-    Parameter("rows", 16, (4, 8, 16, 32, 64), "rows a thread takes at a time"),
+_DOT = (
+    Parameter(
+        "lanes", 16, (4, 8, 16, 32, 64), "partial sums of one output: a vector register's width"
+    ),
+    Parameter("columns", 8, (1, 2, 4, 8, 16), "outputs computed side by side"),
 )
 _LOW_BATCH = Parameter("bucket", 4, (2, 4, 8, 16), "the batch size that the kernel is padded to")
 RULES: dict[str, Rule] = {
     rule.id: rule
     for rule in (
         Rule(
-            "cpu.gemv",
-            "cpu",
-            "profiles.cpu.gemv:GEMV",
-            "matrix times vector over contiguous rows, at memory speed",
-            _GEMV,
+            "cpu.matmul", "cpu", "profiles.cpu.matmul:Matmul", "several rows times a matrix", _DOT
         ),
+        Rule("cpu.gemv", "cpu", "profiles.cpu.gemv:GEMV", "one row times a matrix", _DOT),
         Rule(
             "dl.cpu.GEMV",
             "cpu",
@@ -127,6 +143,29 @@ RULES: dict[str, Rule] = {
 
 
 def known_rules() -> dict[str, Rule]:
-    """The built-in table and what is installed under the entry point group."""
-    plugins = (entry.load() for entry in entry_points(group="dlight_serve.rules"))
-    return RULES | {rule.id: rule for rule in plugins}
+    """The built-in table and what is installed under the entry point group.
+
+    Raises ProfileError for what is installed there but is no rule, or has the id of another.
+    """
+    rules = dict(RULES)
+    for entry in entry_points(group=ENTRY_POINTS):
+        rule = _load(entry)
+        if rule.id in rules:
+            raise ProfileError(_name(entry), rule.id, "there is a rule with this id already")
+        rules[rule.id] = rule
+    return rules
+
+
+def _load(entry: EntryPoint) -> Rule:
+    try:
+        rule = entry.load()
+    except Exception as error:  # whatever the module of others does when it is imported
+        problem = f"does not load: {type(error).__name__}: {error}"
+        raise ProfileError(_name(entry), entry.name, problem) from error
+    if not isinstance(rule, Rule):
+        raise ProfileError(_name(entry), entry.name, f"expected a Rule, found {rule!r}")
+    return rule
+
+
+def _name(entry: EntryPoint) -> str:
+    return f"entry point {ENTRY_POINTS}: {entry.name} = {entry.value}"

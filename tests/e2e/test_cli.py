@@ -31,7 +31,7 @@ def test_profiles_show(command: Command, tmp_path: Path) -> None:
     assert compiled.returncode == 0, compiled.stderr
     assert "[6/6] link" in compiled.stdout
     shown = command(*arguments).stdout
-    assert "lanes = 64 (of 16, 32, 64, 128)" in shown
+    assert "lanes = 16 (of 4, 8, 16, 32, 64)" in shown
     assert "-> cpu.gemv   [decode]" in shown
     assert "layer_norm -> none" in shown
 
