@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,9 +76,11 @@ def list_profiles(folder: Path | None = None) -> dict[str, Path]:
     The shipped ones, and the user's own in `folder`, which win. Raises ProfileError if there is no
     such folder.
     """
-    if folder is not None and not folder.is_dir():
-        raise ProfileError(str(folder), "profiles", "no such folder")
-    folders = [SHIPPED] + ([folder] if folder is not None else [])
+    folders = [SHIPPED]
+    if folder is not None:
+        folders.append(Path(os.path.expanduser(folder)))
+        if not folders[-1].is_dir():
+            raise ProfileError(str(folder), "profiles", "no such folder")
     return {path.stem: path for each in folders for path in sorted(each.glob("*.toml"))}
 
 

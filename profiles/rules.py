@@ -92,6 +92,9 @@ RULES: dict[str, Rule] = {
         Rule(
             "cpu.matmul", "cpu", "profiles.cpu.matmul:Matmul", "several rows times a matrix", _DOT
         ),
+        Rule(
+            "cpu.attention", "cpu", "profiles.cpu.attention:Attention", "paged and ragged attention"
+        ),
         Rule("cpu.gemv", "cpu", "profiles.cpu.gemv:GEMV", "one row times a matrix", _DOT),
         Rule(
             "dl.cpu.GEMV",

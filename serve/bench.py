@@ -158,9 +158,10 @@ def _prepare(
         max_batch=max(options.batch, settings.runner.max_batch),
         kv_tokens=options.batch * -(-length // 16) * 16,
     )
+    device = backend.device()
     libraries = {c.profile.name: c.compile(settings, say).library for c in chosen}
     say(f"loading {model.spec}" + (": random weights, the text is noise" if model.is_noise else ""))
-    weights = to_device(model.load(), backend.device())
+    weights = to_device(model.load(), device)
     runners = {
         name: TVMRunner(library, weights, backend, config) for name, library in libraries.items()
     }

@@ -25,7 +25,7 @@ from serve.compiler.cache import LibraryCache, default_cache_dir
 from serve.compiler.compile import Compiled, CompileJob, get_library
 from serve.config import Settings
 from serve.engine import Engine
-from serve.errors import ConfigError, ModelError
+from serve.errors import ConfigError
 from serve.metrics import EngineMetrics, Registry, render
 from serve.model.source import ModelSource, find_model
 from serve.runtime.runner import TVMRunner, to_device
@@ -70,21 +70,18 @@ def library_cache(settings: Settings) -> LibraryCache:
     return LibraryCache(Path(given) if given else default_cache_dir())
 
 
-def load_tokenizer(model: ModelSource) -> Tokenizer:
-    """The model's own tokenizer, or GPT-2's.
-
-    Raises ModelError if it has more tokens than the model.
-    """
+def load_tokenizer(model: ModelSource, say: Say) -> Tokenizer:
+    """The model's own tokenizer, or GPT-2's."""
+    names = ("tokenizer.json", "vocab.json", "vocab.bpe")
     folder = model.folder
-    own = folder is not None and any(
-        (folder / name).exists() for name in ("tokenizer.json", "vocab.json", "vocab.bpe")
-    )
-    tokenizer = Tokenizer.from_folder(folder) if own and folder else Tokenizer.bundled()
+    if folder is not None and any((folder / name).exists() for name in names):
+        tokenizer = Tokenizer.from_folder(folder)
+    else:
+        tokenizer = Tokenizer.bundled()
     if tokenizer.vocab_size > model.config.vocab_size:
-        where = str(folder) if own else "GPT-2's (the model's folder has none)"
-        raise ModelError(
-            f"model {model.spec!r}: vocab_size is {model.config.vocab_size}, but its tokenizer, "
-            f"{where}, has {tokenizer.vocab_size} tokens"
+        say(
+            f"WARNING: {model.spec} has {model.config.vocab_size} tokens, its tokenizer "
+            f"{tokenizer.vocab_size}: text that needs one of the others is refused"
         )
     return tokenizer
 
@@ -92,14 +89,15 @@ def load_tokenizer(model: ModelSource) -> Tokenizer:
 def load_model(chosen: Selection, settings: Settings, registry: Registry, say: Say) -> ServedModel:
     """Compile, load, and start the engine."""
     model, backend, profile = chosen.model, chosen.backend, chosen.profile
-    tokenizer = load_tokenizer(model)
+    device = backend.device()
+    tokenizer = load_tokenizer(model, say)
     compiled = chosen.compile(settings, say)
     library = compiled.library
     say(f"library {library.manifest.digest[:12]} ({compiled.source}, {compiled.seconds:.1f} s)")
     start = time.perf_counter()
     runner = TVMRunner(
         library,
-        to_device(model.load(), backend.device()),
+        to_device(model.load(), device),
         backend,
         replace(settings.runner, vocab_size=tokenizer.vocab_size),
     )

@@ -20,19 +20,24 @@ log = logging.getLogger(__name__)
 
 
 def default_cache_dir() -> Path:
-    """DLIGHT_CACHE_DIR, else $XDG_CACHE_HOME/dlight-serve, else ~/.cache/dlight-serve."""
+    """DLIGHT_CACHE_DIR, else $XDG_CACHE_HOME/dlight-serve, else ~/.cache/dlight-serve.
+
+    Raises LibraryError where this user has no home.
+    """
     given = os.environ.get("DLIGHT_CACHE_DIR")
     if given:
         return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dlight-serve"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        raise LibraryError("no home folder to keep compiled libraries in: set DLIGHT_CACHE_DIR")
+    return Path(base) / "dlight-serve"
 
 
 class LibraryCache:
     """Libraries under `root`/libraries/<key>."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root / "libraries"
+        self._root = Path(os.path.expanduser(root)) / "libraries"
 
     def folder(self, key: str) -> Path:
         return self._root / key

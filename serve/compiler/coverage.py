@@ -54,11 +54,11 @@ def schedule(
                 continue
             name = variable.name_hint
             as_written = bool(func.attrs and func.attrs.get("tirx.is_scheduled", False))
-            rule, scheduled = (
-                (None, None) if as_written else _first_taker(name, func, built, target)
-            )
+            offered = [(i, r) for i, r in built if not as_written or _takes_scheduled(r)]
+            rule, scheduled = _first_taker(name, func, offered, target)
             if scheduled is not None:
                 mod[variable] = scheduled.with_attr("tirx.is_scheduled", True)
+            as_written = as_written and rule is None
             coverage.append(KernelCoverage(name, rule, as_written, tuple(sorted(callers[name]))))
     return mod, sorted(coverage, key=lambda entry: entry.kernel)
 
@@ -68,6 +68,11 @@ def _build(use: RuleUse) -> Any:
         return use.build()
     except Exception as error:
         raise CompileError(f"rule {use.rule.id} ({use.rule.path}) is broken: {error}") from error
+
+
+def _takes_scheduled(rule: Any) -> bool:
+    """Whether the rule replaces kernels that their author has marked as scheduled."""
+    return getattr(rule, "takes_scheduled", False) is True
 
 
 def _first_taker(

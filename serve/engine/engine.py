@@ -312,11 +312,7 @@ class Engine:
         self._observer.on_finish(event)
 
     def _cancel_all(self) -> None:
-        """Drained: nothing more comes in."""
-        while not self._inbox.empty():
-            item = self._inbox.get()
-            if not isinstance(item, _Shutdown):
-                self._handle(item)
+        """Drained: every submission came in before the shutdown."""
         for sequence in list(self._live):
             self._finish(sequence, "cancelled")
 
