@@ -98,7 +98,7 @@ def read_profile(path: Path) -> Profile:
     source = str(path)
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ProfileError(source, path.stem, f"not readable as TOML: {error}") from None
     description = raw.pop("description", "")
     if not isinstance(description, str):

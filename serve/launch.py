@@ -159,10 +159,10 @@ class Server(uvicorn.Server):
 def run(settings: Settings, say: Say) -> None:
     """Serve until a signal ends it. Raises ServeError or ProfileError if it cannot start."""
     server = settings.server
+    chosen = select(settings)
     sock = listen(server.host, server.port)  # before the long part: a taken port is told at once
     try:
         registry = Registry()
-        chosen = select(settings)
         served = ServedModels([load_model(chosen, settings, registry, say)])
         app = create_app(served, lambda: render(registry), observe_http=registry.observe_http)
         sock.listen(2048)

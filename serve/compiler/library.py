@@ -83,7 +83,7 @@ def open_library(folder: Path) -> Library:
         raw["rules"], raw["coverage"] = tuple(raw["rules"]), tuple(raw["coverage"])
         manifest = Manifest(**raw)
         digest = file_digest(folder / LIBRARY_FILE)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise LibraryError(f"{folder}: not a compiled library: {problem}") from None
     if digest != manifest.digest:

@@ -25,6 +25,8 @@ from serve.model.parameters import is_conv1d, parameter_shapes
 log = logging.getLogger(__name__)
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+# What reading JSON of another shape than it should have raises.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 DTYPES = ("F32", "F16", "BF16")
 # Causal masks that old checkpoints carry along, and the head that a tied model repeats.
 IGNORED = re.compile(r"(^|\.)attn\.(bias|masked_bias)$|^lm_head\.weight$")
@@ -93,7 +95,7 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = {str(name): folder / str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*MALFORMED, OSError) as error:
         raise ModelError(f"{index}: not a safetensors index: {error!r}") from None
     for name, path in shards.items():
         if not path.exists():
@@ -124,5 +126,5 @@ def _read_header(path: Path) -> dict[str, _Stored]:
                 name: _Stored(path, name, entry["dtype"], tuple(entry["shape"]))
                 for name, entry in header.items()
             }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (*MALFORMED, OSError, SafetensorError) as error:
         raise ModelError(f"{path}: not a safetensors file: {error}") from None

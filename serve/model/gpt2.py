@@ -87,13 +87,14 @@ class Transformer(nn.Module):  # type: ignore[misc]
 
 
 class GPT2LMHeadModel(nn.Module):  # type: ignore[misc]
-    """The functions of a library. Logits are float32.
+    """The functions of a library; logits are float32.
 
-    `total` is the summed length of the packed sequences.
+    batch_prefill   (1, total) ids, (batch,) last positions -> (1, batch, vocab)
+    decode          (1, 1) ids                              -> (1, 1, vocab)
+    batch_decode    (batch, 1) ids                          -> (batch, 1, vocab)
+    batch_verify    (1, total) ids                          -> (1, total, vocab)
 
-    batch_prefill (1, total) ids, (batch,) last positions -> (1, batch, vocab) decode (1, 1) ids ->
-    (1, 1, vocab) batch_decode (batch, 1) ids -> (batch, 1, vocab) batch_verify (1, total) ids ->
-    (1, total, vocab), every position's logits
+    `total` is the summed length of the packed sequences; the KV cache knows which is which.
     """
 
     def __init__(self, config: GPT2Config) -> None:

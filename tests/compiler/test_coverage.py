@@ -1,0 +1,224 @@
+"""Which rule takes which kernel. Law: every shipped profile compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import tvm
+
+from profiles import RuleUse, known_rules, list_profiles, load_profile
+from serve.compiler.cache import LibraryCache
+from serve.compiler.compile import get_library
+from serve.compiler.coverage import KernelCoverage, schedule
+from serve.errors import CompileError
+from tests.compiler.conftest import fused_toy, kernels_of, toy_job
+
+pytestmark = pytest.mark.compiler
+
+Fused = tuple[tvm.IRModule, tvm.target.Target]
+
+PROFILES = sorted(list_profiles())
+FUNCTIONS = {"batch_prefill", "decode", "batch_decode", "batch_verify", "create_paged_kv_cache"}
+# A block's four products and the head.
+NUM_PRODUCTS = 5
+
+
+@pytest.fixture(scope="module")
+def cpu_module() -> Fused:
+    return fused_toy("cpu")
+
+
+@pytest.fixture(scope="module")
+def cuda_module() -> Fused:
+    return fused_toy("cuda")
+
+
+def copy(mod: tvm.IRModule) -> tvm.IRModule:
+    return tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
+
+
+def is_product(kernel: str) -> bool:
+    return "matmul" in kernel
+
+
+def rules_of(coverage: list[KernelCoverage], called_by: str | None = None) -> dict[str, str | None]:
+    """Kernel -> rule, for what nobody had scheduled by hand."""
+    return {
+        entry.kernel: entry.rule
+        for entry in coverage
+        if not entry.as_written and (called_by is None or called_by in entry.called_by)
+    }
+
+
+def from_manifest(entry: Mapping[str, Any]) -> KernelCoverage:
+    return KernelCoverage(**{**entry, "called_by": tuple(entry["called_by"])})
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_compiles_for_the_cpu(
+    name: str,
+    cache: LibraryCache,
+    cpu_module: Fused,
+) -> None:
+    manifest = get_library(toy_job(name), cache).library.manifest
+    coverage = [from_manifest(entry) for entry in manifest.coverage]
+
+    kernels = [entry.kernel for entry in coverage]
+    assert kernels == sorted(kernels)
+    assert len(set(kernels)) == len(kernels)
+    assert set(kernels) == kernels_of(cpu_module[0])
+    assert {caller for entry in coverage for caller in entry.called_by} == FUNCTIONS
+    assert all(entry.called_by for entry in coverage)
+    assert all(entry.rule is None for entry in coverage if entry.as_written)
+    known = [rule["id"] for rule in manifest.rules]
+    assert {entry.rule for entry in coverage} <= {None, *known}
+
+    mod, target = cpu_module  # what the child did is what the rules do here
+    rules = load_profile(name).rules_for("cpu", "cpu")
+    assert schedule(copy(mod), rules, target)[1] == coverage
+
+
+def cpu_rules(name: str, mod: tvm.IRModule, target: tvm.target.Target) -> list[KernelCoverage]:
+    return schedule(copy(mod), load_profile(name).rules_for("cpu", "cpu"), target)[1]
+
+
+@pytest.mark.parametrize("name", ["baseline", "stock"])
+def test_cpu_profiles_without_rules_take_nothing(name: str, cpu_module: Fused) -> None:
+    assert set(rules_of(cpu_rules(name, *cpu_module)).values()) == {None}
+
+
+def test_every_product_on_the_cpu_has_its_rule(cpu_module: Fused) -> None:
+    """One row's is cpu.gemv's: those of decode, and no other."""
+    coverage = {name: cpu_rules(name, *cpu_module) for name in ("matmul", "gemv", "full")}
+    products = {kernel for kernel in rules_of(coverage["full"]) if is_product(kernel)}
+    of_decode = {kernel for kernel in rules_of(coverage["full"], "decode") if is_product(kernel)}
+    assert (len(products), len(of_decode)) == (3 * NUM_PRODUCTS, NUM_PRODUCTS)
+
+    def by(profile: str, rule_id: str) -> set[str]:
+        return {kernel for kernel, rule in rules_of(coverage[profile]).items() if rule == rule_id}
+
+    for profile in ("gemv", "full"):
+        assert by(profile, "cpu.gemv") == of_decode
+    for profile in ("matmul", "full"):
+        assert by(profile, "cpu.matmul") == products - of_decode
+
+
+def test_cpu_reduction_takes_the_layer_norms(cpu_module: Fused) -> None:
+    rules = rules_of(cpu_rules("reduction", *cpu_module))
+    norms = {kernel: rule for kernel, rule in rules.items() if kernel.startswith("layer_norm")}
+    assert len(norms) == 3  # decode's, batch_decode's, and prefill's and verify's
+    assert set(norms.values()) == {"dl.cpu.Reduction"}
+
+
+@pytest.mark.parametrize("name", ["reduction", "full"])
+def test_cpu_attention_takes_tvms_attention(name: str, cpu_module: Fused) -> None:
+    """Even the kernel that TVM marks as scheduled."""
+    coverage = cpu_rules(name, *cpu_module)
+    taken = {entry.kernel for entry in coverage if entry.rule == "cpu.attention"}
+    assert taken == {
+        "batch_decode_paged_kv_cpu",
+        "batch_prefill_paged_kv_cpu",
+        "batch_prefill_ragged_kv",
+    }
+    assert not any(entry.as_written for entry in coverage if entry.rule is not None)
+
+
+def gpu_rules(name: str, mod: tvm.IRModule, target: tvm.target.Target) -> list[KernelCoverage]:
+    return schedule(copy(mod), load_profile(name).rules_for("cuda", "gpu"), target)[1]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_cuda_leaves_no_kernel_unscheduled(name: str, cuda_module: Fused) -> None:
+    """A GPU kernel that binds no threads does not compile. (This needs no nvcc, and no GPU.)"""
+    coverage = gpu_rules(name, *cuda_module)
+    assert {entry.kernel for entry in coverage} == kernels_of(cuda_module[0])
+    assert None not in rules_of(coverage).values()
+    ids = {use.rule.id for use in load_profile(name).rules_for("cuda", "gpu")}
+    assert set(rules_of(coverage).values()) <= ids
+
+
+def test_every_rung_on_cuda_takes_what_its_name_says(
+    cuda_module: Fused,
+) -> None:
+    taken = {name: rules_of(gpu_rules(name, *cuda_module)) for name in PROFILES}
+    coverage = gpu_rules("full", *cuda_module)
+    products = {kernel for kernel in rules_of(coverage) if is_product(kernel)}
+    of_decode = {kernel for kernel in rules_of(coverage, "decode") if is_product(kernel)}
+    norms = {kernel for kernel in rules_of(coverage) if kernel.startswith("layer_norm")}
+    assert (len(products), len(of_decode), len(norms)) == (3 * NUM_PRODUCTS, NUM_PRODUCTS, 3)
+
+    def by(profile: str, *rule_ids: str) -> set[str]:
+        return {kernel for kernel, rule in taken[profile].items() if rule in rule_ids}
+
+    assert by("baseline", "dl.gpu.Fallback") == set(taken["baseline"])
+    assert by("matmul", "dl.gpu.Matmul") == products - of_decode
+    assert by("gemv", "dl.gpu.GEMV") == of_decode
+    # Products are sums too, and some of them go to this rung's rules.
+    reductions = by("reduction", "dl.gpu.Reduction", "dl.gpu.GeneralReduction")
+    assert norms | of_decode <= reductions <= norms | products
+    for profile in ("full", "stock"):
+        assert by(profile, "dl.gpu.Matmul") == products - of_decode
+        assert by(profile, "dl.gpu.GEMV") == of_decode
+        assert by(profile, "dl.gpu.GeneralReduction", "dl.gpu.Reduction") == norms
+    assert taken["full"] == taken["stock"]
+
+
+def test_the_first_rule_that_takes_a_kernel_wins(
+    cpu_module: Fused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mod, target = cpu_module
+    offered: dict[str, int] = {"one": 0, "two": 0}
+
+    class Rule:
+        def __init__(self, name: str, takes_all: bool) -> None:
+            self.name, self.takes_all = name, takes_all
+
+        def apply(self, func: Any, asked: Any, _: bool) -> Any:
+            assert asked == target == tvm.target.Target.current()
+            offered[self.name] += 1
+            return [tvm.s_tir.Schedule(func)] if self.takes_all else None  # a design space
+
+    uses = [
+        RuleUse(known_rules()["cpu.gemv"], {"name": "one", "takes_all": False}),
+        RuleUse(known_rules()["dl.cpu.GEMV"], {"name": "two", "takes_all": True}),
+        RuleUse(known_rules()["dl.cpu.Reduction"], {"name": "three", "takes_all": True}),
+    ]
+    monkeypatch.setattr("profiles.rules.Rule.build", lambda _, values: Rule(**values))
+    scheduled, coverage = schedule(copy(mod), uses, target)
+    rules = rules_of(coverage)
+    assert set(rules.values()) == {"dl.cpu.GEMV"}
+    assert offered == {"one": len(rules), "two": len(rules)}
+    assert kernels_of(scheduled) == kernels_of(mod)
+    # All are marked now, so that a second round offers them only to who asks for such.
+    assert all(entry.as_written for entry in schedule(scheduled, uses, target)[1])
+    monkeypatch.setattr(Rule, "takes_scheduled", True, raising=False)
+    again = schedule(scheduled, uses, target)[1]
+    assert {(entry.rule, entry.as_written) for entry in again} == {("dl.cpu.GEMV", False)}
+
+
+def test_a_rule_that_fails_is_named_with_the_kernel(
+    cpu_module: Fused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mod, target = cpu_module
+
+    class Failing:
+        def apply(self, *_: Any) -> Any:
+            raise RuntimeError("no such loop")
+
+    monkeypatch.setattr("profiles.rules.Rule.build", lambda *_: Failing())
+    with pytest.raises(CompileError, match=r"^rule cpu\.gemv failed on kernel \w+: no such loop"):
+        cpu_rules("gemv", mod, target)
+
+
+def test_a_rule_that_cannot_be_made_is_named(
+    cpu_module: Fused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ImportError("no module named that")
+
+    monkeypatch.setattr("profiles.rules.Rule.build", broken)
+    problem = r"^rule cpu\.gemv \(profiles\.cpu\.gemv:GEMV\) is broken: no module named that"
+    with pytest.raises(CompileError, match=problem):
+        cpu_rules("gemv", *cpu_module)
