@@ -88,6 +88,8 @@ def options_from(parsed: argparse.Namespace) -> Options:
 def run(options: Options, settings: Settings, say: Say) -> dict[str, Any]:
     """Measure, print the table, write the JSON; returns what it holds."""
     options = replace(options, profiles=options.profiles or (settings.library.profile,))
+    if options.json_file is not None:
+        _check_writable(options.json_file)  # before the measuring, not after it
     runners, libraries = _prepare(options, settings, say)
     prompt = workload(options.prompt_tokens)
     for name, runner in runners.items():
@@ -105,6 +107,16 @@ def run(options: Options, settings: Settings, say: Say) -> dict[str, Any]:
     if options.json_file is not None:
         options.json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _check_writable(file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise ConfigError(
+            "command line", "--json", str(file), f"a writable file: {error}"
+        ) from None
 
 
 def workload(num_tokens: int) -> list[int]:

@@ -71,6 +71,7 @@ def test_bench(command: Command, tmp_path: Path) -> None:
         ),
         (["run", "--config", "missing.toml"], ["missing.toml"]),
         (["bench", "--batch", "0"], ["--batch", "at least 1"]),
+        (["bench", "--json", "/dev/null/x.json"], ["--json", "/dev/null/x.json", "writable"]),
         (["bench", "--prompt-tokens", "1000", "--decode-tokens", "25"], ["1024"]),
     ],
 )
