@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TypeAlias
 
 from profiles import ProfileError, list_profiles, load_profile
@@ -14,7 +16,7 @@ from serve import bench, launch
 from serve.backends import BACKENDS
 from serve.compiler.compile import CompileJob
 from serve.config import Settings, load_settings
-from serve.errors import ServeError
+from serve.errors import ConfigError, ServeError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Command: TypeAlias = Callable[[argparse.Namespace, Settings], int]
@@ -37,7 +39,11 @@ def say(line: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done; 1 an error, told on standard error; 2 wrong usage."""
+    """Exit codes: 0 done; 1 an error, told on standard error; 2 wrong usage; 143 terminated.
+
+    A server that runs drains on SIGTERM; before that, a compiler's child process ends with us.
+    """
+    signal.signal(signal.SIGTERM, _terminated)
     parsed = parser().parse_args(arguments)
     try:
         settings = settings_from(parsed)
@@ -52,10 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _terminated(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise SystemExit(128 + number)
+
+
 def settings_from(parsed: argparse.Namespace) -> Settings:
     given = {key: text for key, text in vars(parsed).items() if "." in key and text is not None}
     for assignment in parsed.set:
-        key, _, text = assignment.partition("=")
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError("command line", "--set", assignment, "SECTION.KEY=VALUE")
         given[key] = text
     return load_settings(parsed.config, flags=given)
 

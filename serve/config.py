@@ -6,6 +6,7 @@ Built once, then frozen.
 from __future__ import annotations
 
 import os
+import threading
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -28,7 +29,7 @@ Setting: TypeAlias = tuple[str, Any, str]  # dotted key, value, where it comes f
 class Section(BaseModel):
     """A table of serve.toml: exactly its keys, in exactly their types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -37,7 +38,7 @@ class ModelSection(Section):
     What clients call it, the source's own by default.
     """
 
-    source: str = "bundled:gettysburg"
+    source: str = Field(default="bundled:gettysburg", min_length=1)
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
 
 
@@ -47,11 +48,11 @@ class LibrarySection(Section):
     A folder of your own profiles, which win over ours.
     """
 
-    backend: str = "cpu"
-    profile: str = "full"
+    backend: str = Field(default="cpu", min_length=1)
+    profile: str = Field(default="full", min_length=1)
     profiles_dir: str | None = None
     cache_dir: str | None = None
-    compile_time_limit_seconds: float = Field(default=1800.0, gt=0)
+    compile_time_limit_seconds: float = Field(default=1800.0, gt=0, le=threading.TIMEOUT_MAX)
 
 
 class ServerSection(Section):
@@ -60,7 +61,7 @@ class ServerSection(Section):
     For running requests, at the end.
     """
 
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1)  # empty would be every address
     port: int = Field(default=8000, ge=0, le=65535)
     drain_seconds: float = Field(default=30.0, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -147,6 +148,10 @@ def _checker(section: str) -> type[Section]:
 def _expected(section: str, error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return _known(section)
+    if error["type"] == "string_pattern_mismatch":
+        return f"a text that matches {error['ctx']['pattern']}"
+    if error["type"] == "string_too_short":
+        return "a text that is not empty"
     return error["msg"].removeprefix("Input should be ")
 
 
@@ -176,11 +181,13 @@ def _from_file(file: Path | None) -> Iterator[Setting]:
     path = file or DEFAULT_FILE
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError("settings", "file", str(path), f"a readable TOML file: {error}") from None
     for section, table in raw.items():
-        if section not in SECTIONS or not isinstance(table, dict):
-            raise ConfigError(str(path), section, table, _known(""))
+        if section not in SECTIONS:
+            raise ConfigError(str(path), section, table, _known(section))
+        if not isinstance(table, dict):
+            raise ConfigError(str(path), section, table, f"a table [{section}]")
         for name, value in table.items():
             yield f"{section}.{name}", value, str(path)
 
@@ -190,8 +197,8 @@ def _from_environment(environment: Mapping[str, str]) -> Iterator[Setting]:
     for variable, text in environment.items():
         section, _, name = variable.removeprefix(ENV_PREFIX).lower().partition("_")
         if variable.startswith(ENV_PREFIX) and section in SECTIONS:
-            key = f"{section}.{name}"
-            yield key, _parse(key, text, f"environment variable {variable}"), variable
+            key, source = f"{section}.{name}", f"environment variable {variable}"
+            yield key, _parse(key, text, source), source
 
 
 def _from_flags(flags: Mapping[str, str]) -> Iterator[Setting]:

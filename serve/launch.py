@@ -11,7 +11,7 @@ import math
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -99,7 +99,8 @@ def load_model(chosen: Selection, settings: Settings, registry: Registry, say: S
         library,
         to_device(model.load(), device),
         backend,
-        replace(settings.runner, vocab_size=tokenizer.vocab_size),
+        settings.runner,
+        tokenizer.vocab_size,
     )
     say(f"weights of {model.spec} loaded ({time.perf_counter() - start:.1f} s)")
     name = settings.model.name or model.name
@@ -168,29 +169,34 @@ def run(settings: Settings, say: Say) -> None:
         sock.listen(2048)
         sock.setblocking(False)
         _announce(served, server.host, sock.getsockname()[1], chosen.model.is_noise, say)
-        asyncio.run(_serve(app, served, sock, server.drain_seconds))
+        config = _uvicorn_config(app, server.drain_seconds)
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(_serve(config, served, sock, server.drain_seconds))
     finally:
         sock.close()
     say("stopped")
 
 
+def _uvicorn_config(app: FastAPI, drain_seconds: float) -> uvicorn.Config:
+    longest = math.ceil(drain_seconds) + 1  # the engine ends what is left a second earlier
+    return uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=longest)
+
+
 async def _serve(
-    app: FastAPI, served: ServedModels, sock: socket.socket, drain_seconds: float
+    config: uvicorn.Config, served: ServedModels, sock: socket.socket, drain_seconds: float
 ) -> None:
     loop = asyncio.get_running_loop()
     drains: list[asyncio.Task[None]] = []
 
-    def drain() -> None:
-        drains.extend(loop.create_task(model.engine.drain(drain_seconds)) for model in served)
+    def drain(seconds: float = drain_seconds) -> None:
+        drains.extend(loop.create_task(model.engine.drain(seconds)) for model in served)
 
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=math.ceil(drain_seconds) + 1,
-    )
-    await Server(config, lambda: loop.call_soon_threadsafe(drain)).serve(sockets=[sock])
-    if not drains:  # uvicorn ended by itself
+    server = Server(config, lambda: loop.call_soon_threadsafe(drain))
+    await server.serve(sockets=[sock])
+    if server.force_exit:  # the second signal: whatever still runs is cancelled
+        drain(0)
+        await server.lifespan.shutdown()  # which uvicorn leaves out then
+    elif not drains:  # uvicorn ended by itself
         drain()
     await asyncio.gather(*drains)
 

@@ -40,13 +40,13 @@ class RunnerConfig:
     max_step_tokens: int = 512
     kv_tokens: int | None = None
     threads: int | None = None
-    vocab_size: int | None = None
 
 
 class TVMRunner:
     """One library with weights on one device; implements serve.engine's ModelRunner.
 
-    `weights`: what `to_device` gives.
+    `weights`: what `to_device` gives. `vocab_size`: the tokenizer's, where logits are to end if the
+    model has more; None: the model's.
 
     Raises LibraryError if the library does not load or lacks a function, WeightsError if the
     weights are not the ones it was compiled for.
@@ -58,6 +58,7 @@ class TVMRunner:
         weights: Mapping[str, Any],
         backend: Backend,
         config: RunnerConfig | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         config = config or RunnerConfig()
         manifest = library.manifest
@@ -79,7 +80,7 @@ class TVMRunner:
         )
         num_pages = int(self._functions.available(self._kv))
         self._limits = RunnerLimits(
-            vocab_size=min(self._vocab_size, config.vocab_size or self._vocab_size),
+            vocab_size=min(self._vocab_size, vocab_size or self._vocab_size),
             max_context=min(model.n_positions, num_pages * manifest.page_size),
             max_batch=config.max_batch,
             max_step_tokens=step_tokens,

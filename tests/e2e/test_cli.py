@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +71,7 @@ def test_bench(command: Command, tmp_path: Path) -> None:
             ["run", "--set", "engine.max_running=0"],
             ["engine.max_running = 0", "equal to 1"],
         ),
+        (["run", "--set", "server.host"], ["--set", "SECTION.KEY=VALUE"]),
         (["run", "--config", "missing.toml"], ["missing.toml"]),
         (["bench", "--batch", "0"], ["--batch", "at least 1"]),
         (["bench", "--json", "/dev/null/x.json"], ["--json", "/dev/null/x.json", "writable"]),
@@ -99,3 +102,17 @@ def test_serve_toml_is_read(command: Command, tmp_path: Path) -> None:
     assert "serve.toml: server.port = '8000'" in command("run", cwd=tmp_path).stderr
     (tmp_path / "serve.toml").write_text("[servr]\nport = 1\n")
     assert "servr" in command("run", cwd=tmp_path).stderr
+
+
+def test_sigterm_ends_the_compiler_too(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serve.cli", "compile", "--cache-dir", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert "[1/6]" in process.stdout.readline()  # the child is at work
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert not list((tmp_path / "libraries").glob(".building-*"))

@@ -1,0 +1,540 @@
+"""Settings: which source wins, what each may hold, and what an error says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from serve.config import SECTIONS, Settings, load_settings
+from serve.engine import EngineConfig
+from serve.errors import ConfigError
+from serve.model.hub import HubConfig
+from serve.runtime.runner import RunnerConfig
+
+pytestmark = pytest.mark.unit
+
+LINE = "command line"
+SECONDS = ("server.drain_seconds", "metrics.window_seconds", "library.compile_time_limit_seconds")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder: the repository's own serve.toml is not read."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(text: str, name: str = "mine.toml") -> Path:
+    path = Path(name)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(
+    toml: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> Settings:
+    """Of these sources alone."""
+    return load_settings(None if toml is None else write(toml), environment or {}, flags)
+
+
+def refused(
+    toml: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> ConfigError:
+    with pytest.raises(ConfigError) as found:
+        load(toml, environment, flags)
+    return found.value
+
+
+def get(settings: Settings, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(settings, section), name)
+
+
+# -- defaults
+
+
+def test_the_defaults() -> None:
+    settings = load()
+    assert settings == Settings()
+    assert (settings.model.source, settings.model.name) == ("bundled:gettysburg", None)
+    assert (settings.library.backend, settings.library.profile) == ("cpu", "full")
+    assert (settings.server.host, settings.server.port) == ("127.0.0.1", 8000)
+    assert settings.engine == EngineConfig()
+    assert settings.runner == RunnerConfig()
+    assert settings.hub == HubConfig()
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "[server]\n[engine]\n", "\n\n"])
+def test_a_file_that_says_nothing_leaves_the_defaults(text: str) -> None:
+    assert load(text) == Settings()
+
+
+def test_a_section_keeps_the_defaults_of_what_it_leaves_out() -> None:
+    settings = load("[engine]\nmax_running = 3\n[server]\nport = 1\n")
+    assert settings.engine == EngineConfig(max_running=3)
+    assert settings.server.host == "127.0.0.1"
+
+
+def test_settings_do_not_change_after_the_fact() -> None:
+    settings = load("[engine]\nmax_running = 3\n")
+    with pytest.raises(FrozenInstanceError):
+        settings.hub = HubConfig()  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        settings.engine.max_running = 4  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.server.port = 1
+
+
+# -- precedence
+
+
+def test_the_file_gives_way_to_the_environment_and_that_to_flags() -> None:
+    file = '[server]\nhost = "file"\nport = 1\nlog_level = "debug"\n'
+    environment = {"DLIGHT_SERVER_HOST": "environment", "DLIGHT_SERVER_PORT": "2"}
+    server = load(file, environment, {"server.host": "flag"}).server
+    assert (server.host, server.port, server.log_level) == ("flag", 2, "debug")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_each_section_is_read_from_each_source(section: str) -> None:
+    key, values = {
+        "model": ("source", ("a", "b", "c")),
+        "library": ("profile", ("a", "b", "c")),
+        "server": ("port", (1, 2, 3)),
+        "metrics": ("window_seconds", (0.5, 1.5, 2.5)),
+        "hub": ("revision", ("a", "b", "c")),
+        "engine": ("max_kept_prefixes", (0, 1, 2)),
+        "runner": ("threads", (1, 2, 3)),
+    }[section]
+    in_file, in_environment, in_flag = values
+    toml = f"[{section}]\n{key} = {in_file!r}\n"
+    environment = {f"DLIGHT_{section}_{key}".upper(): str(in_environment)}
+    name = f"{section}.{key}"
+    assert get(load(toml), name) == in_file
+    assert get(load(toml, environment), name) == in_environment
+    assert get(load(toml, environment, {name: str(in_flag)}), name) == in_flag
+
+
+def test_a_wrong_value_in_the_file_does_not_matter_where_another_wins() -> None:
+    assert load('[server]\nport = "x"\n', {"DLIGHT_SERVER_PORT": "9"}).server.port == 9
+
+
+# -- the file
+
+
+def test_serve_toml_of_the_current_folder_is_read() -> None:
+    write("[server]\nport = 9\n", "serve.toml")
+    assert load().server.port == 9
+    assert load("[server]\nport = 8\n").server.port == 8  # a named file stands in its place
+
+
+def test_no_serve_toml_is_no_error(folder: Path) -> None:
+    assert load().server.port == 8000
+    (folder / "serve.toml").mkdir()  # a folder of that name is none either
+    assert load().server.port == 8000
+
+
+def test_a_named_file_must_be_there() -> None:
+    with pytest.raises(ConfigError) as found:
+        load_settings(Path("missing.toml"), {}, {})
+    assert found.value.value == "missing.toml"
+    assert "missing.toml" in str(found.value)
+    assert "readable TOML file" in found.value.expected
+    assert "No such file" in found.value.expected
+
+
+def test_a_folder_is_no_file(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="readable TOML file"):
+        load_settings(folder, {}, {})
+
+
+def test_a_file_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write("[server]\n")
+
+    def forbidden(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    with pytest.raises(ConfigError, match=r"mine\.toml.*Permission denied"):
+        load_settings(file, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[server\n", "line 1"),
+        (b"[server]\nport = \n", "line 2"),
+        (b"[server]\nport = 1\nport = 2\n", "line 3"),
+        (b"[server]\n[server]\n", "line 2"),
+        (b"[model]\nsource = '\xff'\n", "utf-8"),
+        (b"\xef\xbb\xbf[server]\n", "line 1"),
+    ],
+)
+def test_a_file_that_is_no_toml(content: bytes, told: str) -> None:
+    Path("mine.toml").write_bytes(content)
+    with pytest.raises(ConfigError) as found:
+        load_settings(Path("mine.toml"), {}, {})
+    assert found.value.value == "mine.toml"
+    assert told in found.value.expected
+
+
+@pytest.mark.parametrize(
+    ("toml", "key"),
+    [
+        ("[servr]\nport = 1\n", "servr"),
+        ("[servr]\n", "servr"),
+        ("port = 1\n", "port"),
+        ("[[servr]]\nport = 1\n", "servr"),
+    ],
+)
+def test_an_unknown_section_of_the_file(toml: str, key: str) -> None:
+    error = refused(toml)
+    assert (error.source, error.key) == ("mine.toml", key)
+    assert error.expected == f"a known section: {', '.join(SECTIONS)}"
+
+
+@pytest.mark.parametrize("toml", ["server = 5\n", "[[server]]\nport = 1\n"])
+def test_a_section_must_be_a_table(toml: str) -> None:
+    error = refused(toml)
+    assert (error.source, error.key) == ("mine.toml", "server")
+
+
+@pytest.mark.parametrize("key", ["prot", "PORT", "model_config", "self", '"a.b"', '""'])
+def test_an_unknown_key_of_the_file(key: str) -> None:
+    error = refused(f"[server]\n{key} = 1\n")
+    bare = key.strip('"')
+    assert (error.source, error.key, error.value) == ("mine.toml", f"server.{bare}", 1)
+    assert error.expected == "a known key of [server]: host, port, drain_seconds, log_level"
+
+
+def test_an_unknown_key_of_a_section_that_a_package_owns() -> None:
+    error = refused("[hub]\ntokens = 'x'\n")
+    assert error.key == "hub.tokens"
+    assert error.expected == "a known key of [hub]: revision, cache_dir, offline, token"
+
+
+# -- types and ranges
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("server.port", '"8000"', "a valid integer"),
+        ("server.port", "true", "a valid integer"),
+        ("server.port", "8000.0", "a valid integer"),
+        ("server.port", "[8000]", "a valid integer"),
+        ("server.port", "{ number = 8000 }", "a valid integer"),
+        ("server.host", "1", "a valid string"),
+        ("server.host", "2026-11-24", "a valid string"),
+        ("server.drain_seconds", '"30"', "a valid number"),
+        ("server.drain_seconds", "true", "a valid number"),
+        ("model.source", "false", "a valid string"),
+        ("model.name", "5", "a valid string"),
+        ("engine.max_running", '"3"', "a valid integer"),
+        ("engine.max_running", "true", "a valid integer"),
+        ("engine.prefix_sharing", "1", "a valid boolean"),
+        ("engine.prefix_sharing", '"true"', "a valid boolean"),
+        ("runner.kv_tokens", '"1"', "a valid integer"),
+        ("runner.threads", "1.0", "a valid integer"),
+        ("hub.offline", "0", "a valid boolean"),
+        ("hub.token", "5", "a valid string"),
+    ],
+)
+def test_types_of_the_file_are_taken_strictly(key: str, text: str, expected: str) -> None:
+    section, _, name = key.partition(".")
+    error = refused(f"[{section}]\n{name} = {text}\n")
+    assert (error.source, error.key, error.expected) == ("mine.toml", key, expected)
+
+
+def test_a_whole_number_is_a_number_of_seconds() -> None:
+    seconds = load("[server]\ndrain_seconds = 5\n").server.drain_seconds
+    assert (seconds, type(seconds)) == (5.0, float)
+
+
+RANGES = [
+    ("server.port", -1, "greater than or equal to 0"),
+    ("server.port", 65536, "less than or equal to 65535"),
+    ("server.port", 10**30, "less than or equal to 65535"),
+    ("server.drain_seconds", -0.5, "greater than or equal to 0"),
+    ("metrics.window_seconds", 0, "greater than 0"),
+    ("library.compile_time_limit_seconds", 0, "greater than 0"),
+    ("engine.max_running", 0, "greater than or equal to 1"),
+    ("engine.max_waiting", 0, "greater than or equal to 1"),
+    ("engine.prefill_chunk_tokens", -5, "greater than or equal to 1"),
+    ("engine.max_kept_prefixes", -1, "greater than or equal to 0"),
+    ("runner.max_batch", 0, "greater than or equal to 1"),
+    ("runner.max_step_tokens", 0, "greater than or equal to 1"),
+    ("runner.kv_tokens", 0, "greater than or equal to 1"),
+    ("runner.threads", 0, "greater than or equal to 1"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), RANGES)
+def test_ranges_hold_in_every_source(key: str, value: float, expected: str) -> None:
+    section, _, name = key.partition(".")
+    variable = f"DLIGHT_{section}_{name}".upper()
+    for source, error in (
+        ("mine.toml", refused(f"[{section}]\n{name} = {value}\n")),
+        (variable, refused(environment={variable: str(value)})),
+        (LINE, refused(flags={key: str(value)})),
+    ):
+        assert source in error.source
+        assert (error.key, error.value, error.expected) == (key, value, expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("server.port", 0),
+        ("server.port", 65535),
+        ("server.drain_seconds", 0.0),
+        ("metrics.window_seconds", 0.001),
+        ("engine.max_running", 1),
+        ("engine.max_kept_prefixes", 0),
+        ("runner.kv_tokens", 1),
+        ("runner.threads", 1),
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed(key: str, value: float) -> None:
+    assert get(load(flags={key: str(value)}), key) == value
+
+
+@pytest.mark.parametrize("key", SECONDS)
+def test_seconds_are_a_number(key: str) -> None:
+    section, _, name = key.partition(".")
+    assert refused(f"[{section}]\n{name} = nan\n").key == key
+    assert refused(flags={key: "nan"}).key == key
+
+
+@pytest.mark.parametrize("level", ["trace", "INFO", "", "10"])
+def test_the_log_levels(level: str) -> None:
+    expected = "'debug', 'info', 'warning' or 'error'"
+    assert refused(f"[server]\nlog_level = '{level}'\n").expected == expected
+    assert refused(flags={"server.log_level": level}).expected == expected
+    assert load(flags={"server.log_level": "debug"}).server.log_level == "debug"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2", "a", "0.1_B"])
+def test_names_that_clients_may_use(name: str) -> None:
+    assert load(flags={"model.name": name}).model.name == name
+
+
+@pytest.mark.parametrize("name", ["", "a b", "gpt2@full", "bundled:x", "-x", "/x", "gpt2\n", "é"])
+def test_names_that_could_be_mistaken(name: str) -> None:
+    error = refused(flags={"model.name": name})
+    assert (error.source, error.key, error.value) == (LINE, "model.name", name)
+
+
+# -- the environment
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "key", "value"),
+    [
+        ("DLIGHT_SERVER_PORT", "9000", "server.port", 9000),
+        ("DLIGHT_SERVER_DRAIN_SECONDS", "1.5", "server.drain_seconds", 1.5),
+        ("DLIGHT_LIBRARY_CACHE_DIR", "/x", "library.cache_dir", "/x"),
+        ("DLIGHT_LIBRARY_COMPILE_TIME_LIMIT_SECONDS", "2", "library.compile_time_limit_seconds", 2),
+        ("DLIGHT_RUNNER_KV_TOKENS", "64", "runner.kv_tokens", 64),
+        ("DLIGHT_HUB_TOKEN", "5", "hub.token", "5"),
+        ("DLIGHT_MODEL_SOURCE", "true", "model.source", "true"),
+        ("DLIGHT_ENGINE_PREFIX_SHARING", "false", "engine.prefix_sharing", False),
+    ],
+)
+def test_the_environment_is_parsed(variable: str, text: str, key: str, value: object) -> None:
+    found = get(load(environment={variable: text}), key)
+    assert (found, type(found)) == (value, type(get(Settings(), key) or value))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("true", True),
+        ("TRUE", True),
+        ("1", True),
+        ("yes", True),
+        ("on", True),
+        ("false", False),
+        ("0", False),
+        ("no", False),
+        ("off", False),
+    ],
+)
+def test_switches_as_text(text: str, value: bool) -> None:
+    assert load(environment={"DLIGHT_HUB_OFFLINE": text}).hub.offline is value
+    assert load(flags={"hub.offline": text}).hub.offline is value
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("server.port", "http"),
+        ("server.port", ""),
+        ("server.port", "8000.5"),
+        ("server.port", "0x10"),
+        ("server.drain_seconds", "soon"),
+        ("hub.offline", "perhaps"),
+        ("hub.offline", ""),
+        ("engine.max_running", "many"),
+        ("runner.threads", "none"),
+    ],
+)
+def test_text_that_is_not_of_the_keys_type(key: str, text: str) -> None:
+    variable = "DLIGHT_" + key.replace(".", "_").upper()
+    for source, error in (
+        (f"environment variable {variable}", refused(environment={variable: text})),
+        (LINE, refused(flags={key: text})),
+    ):
+        assert (error.source, error.key, error.value) == (source, key, text)
+        assert error.expected.startswith("a valid ")
+
+
+@pytest.mark.parametrize(
+    ("variable", "key"),
+    [
+        ("DLIGHT_SERVER_PROT", "server.prot"),
+        ("DLIGHT_ENGINE_MAX_RUNING", "engine.max_runing"),
+        ("DLIGHT_HUB_CACHE", "hub.cache"),
+        ("DLIGHT_SERVER", "server."),
+        ("DLIGHT_SERVER_", "server."),
+        ("DLIGHT_RUNNER_MODEL_CONFIG", "runner.model_config"),
+    ],
+)
+def test_an_unknown_key_of_the_environment(variable: str, key: str) -> None:
+    error = refused(environment={variable: "1"})
+    section = key.partition(".")[0]
+    assert (error.source, error.key) == (f"environment variable {variable}", key)
+    assert error.expected.startswith(f"a known key of [{section}]: ")
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "DLIGHT_CACHE_DIR",
+        "DLIGHT_CUDA_ARCH",
+        "DLIGHT_SERVICE_PORT",
+        "DLIGHT_PORT",
+        "DLIGHT_",
+        "DLIGHT",
+        "SERVER_PORT",
+        "XDLIGHT_SERVER_PORT",
+        "dlight_server_port",
+        "DLIGHTSERVER_PORT",
+        "DLIGHT__SERVER_PORT",
+    ],
+)
+def test_other_variables_are_no_settings(variable: str) -> None:
+    assert load(environment={variable: "1"}) == Settings()
+
+
+def test_the_process_own_environment_counts_unless_another_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DLIGHT_SERVER_PORT", "9")
+    assert load_settings().server.port == 9
+    assert load_settings(environment={}).server.port == 8000
+
+
+# -- flags
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("server.prot", "a known key of [server]: "),
+        ("server", "a known key of [server]: "),
+        ("server.", "a known key of [server]: "),
+        ("server.port.x", "a known key of [server]: "),
+        ("servr.port", "a known section: "),
+        ("port", "a known section: "),
+        ("", "a known section: "),
+    ],
+)
+def test_an_unknown_flag(key: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        load_settings(None, {}, {key: "1"})
+    error = found.value
+    assert (error.source, error.key, error.value) == (LINE, key, "1")
+    assert error.expected.startswith(expected)
+
+
+# -- messages
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            lambda: refused('[server]\nport = "8000"\n'),
+            "mine.toml: server.port = '8000': expected a valid integer",
+        ),
+        (
+            lambda: refused(environment={"DLIGHT_SERVER_PROT": "1"}),
+            "environment variable DLIGHT_SERVER_PROT: server.prot = '1': expected a known key of "
+            "[server]: host, port, drain_seconds, log_level",
+        ),
+        (
+            lambda: refused(flags={"engine.max_running": "0"}),
+            "command line: engine.max_running = 0: expected greater than or equal to 1",
+        ),
+        (
+            lambda: refused("[nowhere]\n"),
+            "mine.toml: nowhere = {}: expected a known section: "
+            "model, library, server, metrics, hub, engine, runner",
+        ),
+    ],
+)
+def test_an_error_is_one_line_with_all_there_is_to_know(
+    error: Callable[[], ConfigError], message: str
+) -> None:
+    assert str(error()) == message
+
+
+def test_the_source_of_an_error_is_the_one_that_gave_the_value() -> None:
+    environment = {"DLIGHT_SERVER_PORT": "99999"}
+    file = "[server]\nport = 1\ndrain_seconds = -1\n"
+    assert "DLIGHT_SERVER_PORT" in refused("[server]\nport = 1\n", environment).source
+    assert refused(file, {"DLIGHT_SERVER_PORT": "2"}).source == "mine.toml"
+
+
+def test_the_hubs_token_is_not_printed() -> None:
+    assert "secret" not in repr(load(environment={"DLIGHT_HUB_TOKEN": "hf_secret"}))
+
+
+@pytest.mark.parametrize("key", SECONDS)
+def test_seconds_are_finite(key: str) -> None:
+    section, _, name = key.partition(".")
+    assert refused(f"[{section}]\n{name} = inf\n").key == key
+    assert refused(flags={key: "inf"}).key == key
+
+
+@pytest.mark.parametrize("key", ["server.host", "model.source", "library.backend"])
+def test_texts_that_must_say_something(key: str) -> None:
+    assert refused(flags={key: ""}).key == key
+
+
+def test_a_value_out_of_range_names_its_variable_like_any_other_error() -> None:
+    error = refused(environment={"DLIGHT_SERVER_PORT": "70000"})
+    assert error.source == "environment variable DLIGHT_SERVER_PORT"
+
+
+def test_the_message_for_a_name_is_a_sentence() -> None:
+    assert "should" not in str(refused(flags={"model.name": "a b"}))
+
+
+@pytest.mark.parametrize("toml", ["server = 5\n", "[[server]]\nport = 1\n"])
+def test_the_message_for_a_section_that_is_no_table(toml: str) -> None:
+    assert refused(toml).expected == "a table [server]"
+
+
+def test_a_file_nested_too_deep() -> None:
+    assert refused("a = " + "[" * 5000).value == "mine.toml"
