@@ -85,6 +85,8 @@ class FakeRunner:
         self.calls: list[tuple[str, int]] = []
         self.tokens: dict[int, list[int]] = {}
         self._pages: dict[int, list[int]] = {}
+        self._broken: set[int] = set()  # were in a step that failed: fit to be released only
+        self._thread: int | None = None
         self._holders = [0] * limits.num_pages
 
     @property
@@ -92,10 +94,12 @@ class FakeRunner:
         return self._limits
 
     def add(self, seq_id: int) -> None:
+        self._check_thread()
         assert seq_id not in self.tokens, f"sequence {seq_id} exists"
         self.tokens[seq_id], self._pages[seq_id] = [], []
 
     def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
+        assert parent_id not in self._broken
         parent = self.tokens[parent_id]
         assert 0 < num_tokens <= len(parent)
         self.add(child_id)
@@ -135,7 +139,9 @@ class FakeRunner:
             self._holders[pages.pop()] -= 1
 
     def release(self, seq_id: int) -> None:
+        self._check_thread()
         del self.tokens[seq_id]
+        self._broken.discard(seq_id)
         for page in self._pages.pop(seq_id):
             self._holders[page] -= 1
 
@@ -143,13 +149,21 @@ class FakeRunner:
         return self._holders.count(0)
 
     def _step(self, what: str, seq_ids: Sequence[int]) -> None:
+        self._check_thread()
         assert seq_ids, "an empty step"
+        assert self._broken.isdisjoint(seq_ids)
         assert len(set(seq_ids)) == len(seq_ids) <= self._limits.max_batch
         self._wait()
         self.calls.append((what, len(seq_ids)))
         if self.failure is not None:
             failure, self.failure = self.failure, None
+            self._broken.update(seq_ids)
             raise failure
+
+    def _check_thread(self) -> None:
+        current = threading.get_ident()
+        self._thread = self._thread or current
+        assert current == self._thread, "two threads call the runner"
 
     def _wait(self) -> None:
         if not self.gate.is_set():

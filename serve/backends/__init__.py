@@ -1,7 +1,7 @@
 """Named choices of TVM target, device and dtype."""
 
 from serve.backends.backend import Backend
-from serve.backends.cpu import CPU, usable_cpus
+from serve.backends.cpu import CPU, cpu_ids, usable_cpus
 from serve.backends.cuda import CUDA
 from serve.errors import BackendError
 
@@ -15,4 +15,4 @@ def get_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-__all__ = ["BACKENDS", "Backend", "get_backend", "usable_cpus"]
+__all__ = ["BACKENDS", "Backend", "cpu_ids", "get_backend", "usable_cpus"]

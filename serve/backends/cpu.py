@@ -31,15 +31,20 @@ def _absent_features() -> set[str]:
 
 def usable_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """CPUs this process may really use: its affinity, and its cgroup's quota rounded up."""
-    try:
-        available = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        available = os.cpu_count() or 1
+    available = len(cpu_ids())
     try:
         quota, period = (int(number) for number in quota_file.read_text().split())
         return max(1, min(available, -(-quota // period)))
     except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max": no quota
         return available
+
+
+def cpu_ids() -> list[int]:
+    """The CPUs that the calling thread may run on."""
+    try:
+        return sorted(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return list(range(os.cpu_count() or 1))
 
 
 CPU = Backend("cpu", "cpu", target, tvm.cpu)

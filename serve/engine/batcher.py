@@ -136,7 +136,10 @@ class Batcher:
         return self._prefixes.find(sequence, self.running) or (None, 0)
 
     def _missing_pages(self, sequence: Sequence, shared: int) -> int:
-        """Pages to find for the whole sequence and for what the running ones owe."""
+        """Pages to find for the whole sequence and for what the running ones owe.
+
+        Without the latter, one that was just preempted would come back at once, and again.
+        """
         owed = sum(self.budget.needed(s.seq_id, s.num_pending) for s in self.running)
         own = self.budget.pages_for(len(sequence.token_ids)) - shared // self.budget.page_size
         return owed + own - self.budget.num_free

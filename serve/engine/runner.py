@@ -20,7 +20,7 @@ class RunnerLimits:
     """Fixed capacities of a runner."""
 
     vocab_size: int
-    max_context: int  # tokens of one sequence, prompt and completion together
+    max_context: int  # tokens of one sequence, prompt and completion; all pages can hold as many
     max_batch: int  # sequences in one step
     max_step_tokens: int  # tokens in one prefill step, over all its sequences
     page_size: int  # tokens per KV page

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,13 @@ from numpy.typing import NDArray
 from tvm import relax
 from tvm.runtime import ShapeTuple
 
-from serve.backends import Backend, usable_cpus
+from serve.backends import Backend, cpu_ids, usable_cpus
 from serve.compiler.library import Library
 from serve.engine import Chunk, Logits, RunnerLimits
 from serve.errors import LibraryError, WeightsError
 from serve.model.config import GPT2Config
 
-_ONE_CORE_PER_THREAD = (
-    1  # TVM's AffinityMode kBig: all threads it is given, in the order of the CPUs
-)
+_SHARE_CPUS = -3  # TVM's AffinityMode kSpecifyThreadShareAllCore: no thread is bound to one CPU
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class TVMRunner:
         manifest = library.manifest
         self._threads = config.threads or usable_cpus()
         self._thread_id: int | None = None
+        self._bind_thread()
         self._device = backend.device()
         self._vm = _load(library, self._device)
         self._params = _in_order(manifest.parameters, weights)
@@ -141,10 +141,15 @@ class TVMRunner:
         return array.reshape(-1, self._vocab_size)[:, : self._limits.vocab_size]
 
     def _bind_thread(self) -> None:
-        """Give this thread a pool of all the CPUs: on x86, TVM would take half of them."""
+        """Give this thread a pool of all the CPUs: on x86, TVM would take half of them.
+
+        Before anything else that TVM does in this thread: the pool keeps the size it is made with,
+        which is the number of CPUs named here (repeated for more threads than CPUs).
+        """
         current = threading.get_ident()
         if current != self._thread_id:
-            tvm.get_global_func("runtime.config_threadpool")(_ONE_CORE_PER_THREAD, self._threads)
+            cpus = [str(cpu) for cpu, _ in zip(cycle(cpu_ids()), range(self._threads))]
+            tvm.get_global_func("runtime.config_threadpool")(_SHARE_CPUS, self._threads, cpus)
             self._thread_id = current
 
     def _tensor(self, array: NDArray[np.int32]) -> Any:

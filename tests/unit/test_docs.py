@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serve import bench
 from serve.api.app import ServedModels, create_app
 from serve.api.schemas import CompletionRequest
 from serve.config import Settings, load_settings
@@ -239,3 +240,9 @@ def test_named_files_exist(name: str) -> None:
 @pytest.mark.parametrize("name", documents())
 def test_no_paths_of_one_machine_and_no_addresses_of_registries(name: str) -> None:
     assert re.findall(r"/(?:work|root|Users)/|pythonhosted|pypi\.org", read(name)) == []
+
+
+def test_the_table_of_profiles_is_the_measured_one() -> None:
+    report = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text(encoding="utf-8"))
+    table = "\n".join(bench.table(report["results"]))
+    assert f"```\n{table}\n```" in (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
