@@ -5,6 +5,7 @@ TVM's thread pool belongs to the calling thread, so the engine's thread alone sh
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from serve.engine import Chunk, Logits, RunnerLimits
 from serve.errors import LibraryError, WeightsError
 from serve.model.config import GPT2Config
 
-_SHARE_CPUS = -3  # TVM's AffinityMode kSpecifyThreadShareAllCore: no thread is bound to one CPU
+_SHARE_CPUS = -3  # TVM's AffinityMode kSpecifyThreadShareAllCore
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class TVMRunner:
         """
         current = threading.get_ident()
         if current != self._thread_id:
+            os.environ.setdefault("TVM_BIND_THREADS", "0")  # or it would bind this thread to CPUs
             cpus = [str(cpu) for cpu, _ in zip(cycle(cpu_ids()), range(self._threads))]
             tvm.get_global_func("runtime.config_threadpool")(_SHARE_CPUS, self._threads, cpus)
             self._thread_id = current
