@@ -579,11 +579,14 @@ def test_an_observer_that_raises_leaves_nobody_waiting(method: str) -> None:
 
     observer = Observer()
     setattr(observer, method, fail)
-    engine = Engine(FakeRunner(SMALL), None, observer)
+    runner = FakeRunner(SMALL)
+    runner.gate.clear()
+    engine = Engine(runner, None, observer)
     engine.start()
 
     async def main() -> None:
         streams = [engine.submit([n], GREEDY) for n in range(4)]
+        runner.gate.set()
         reasons = {finish.reason for _, finish in await asyncio.gather(*map(read, streams))}
         assert "error" in reasons
         await engine.drain(PATIENCE)
