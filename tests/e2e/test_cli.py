@@ -26,6 +26,15 @@ def test_profiles_list(command: Command) -> None:
     assert "dl.gpu.Matmul, dl.gpu.Fallback" in done.stdout
 
 
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    line = f"{sys.executable} -m serve.cli profiles list | head -1"
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.startswith("baseline: ")
+    assert done.stderr == ""
+
+
 def test_profiles_show(command: Command, tmp_path: Path) -> None:
     arguments = ("profiles", "show", "gemv", "--cache-dir", str(tmp_path))
     assert "not compiled yet" in command(*arguments).stdout
