@@ -37,5 +37,5 @@ check: $(VENV)/.installed-test
 
 bench: install
 	$(BIN)/dlight-serve bench --model synthetic:gpt2 --profile baseline --profile matmul \
-		--profile gemv --profile reduction --profile full --profile stock \
+		--profile gemv --profile reduction --profile full --profile stock --repetitions 3 \
 		--json bench/results/cpu.json $(ARGS)
