@@ -57,7 +57,7 @@ class EventStream(Response):
             async for events in self._events:
                 await _send(send, events)
         except ClientDisconnect:
-            pass
+            return  # nobody is left to tell; closing the events cancels the sequences
         except Exception as error:
             await _send(send, error_event(error))
 

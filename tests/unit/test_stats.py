@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.engine import FinishEvent, NullObserver, StepStats, ThroughputWindow
+from serve.engine import ThroughputWindow
 
 pytestmark = pytest.mark.unit
 
@@ -46,12 +46,3 @@ def test_against_looking_at_all_steps(steps: list[tuple[int, int]]) -> None:
         tokens = sum(num for num, _ in steps[first:n])
         seconds = sum(eighths for _, eighths in steps[first:n]) / 8
         assert window.tokens_per_second() == (tokens / seconds if seconds else 0)
-
-
-def test_an_observer_that_records_nothing() -> None:
-    observer = NullObserver()
-    observer.on_step(StepStats("decode", 0.1, 1, 1))
-    observer.on_first_token(0.1)
-    observer.on_prefix_lookup(2, 1)
-    observer.on_preemption()
-    observer.on_finish(FinishEvent("stop", 1, 1))
