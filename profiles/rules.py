@@ -39,7 +39,8 @@ class Parameter:
 class Rule:
     """A schedule rule as profiles know it. `path` is "module:Class".
 
-    The class takes the parameters.
+    The class takes the parameters. `kv_pages`: its kernels are those of our own KV pages, so that a
+    library of a profile with this rule has these in place of TVM's KV cache.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Rule:
     path: str
     meaning: str
     parameters: tuple[Parameter, ...] = ()
+    kv_pages: bool = False
 
     def build(self, values: Mapping[str, ParameterValue]) -> Any:
         """The DLight ScheduleRule with these parameter values. Imports TVM."""
@@ -79,23 +81,44 @@ def _sources(module: Path) -> bytes:
 
 
 _DL = "tvm.s_tir.dlight"
-_DOT = (
-    Parameter(
-        "lanes", 16, (4, 8, 16, 32, 64), "partial sums of one output: a vector register's width"
-    ),
-    Parameter("columns", 8, (1, 2, 4, 8, 16), "outputs computed side by side"),
+_VECTORS = Parameter(
+    "vectors",
+    0,
+    (0, 1, 2, 3, 4, 6),
+    "registers in a row of the tile, and the width of packed weights; 0: as suits the target",
 )
+_ROWS = Parameter("rows", 6, (1, 2, 4, 6, 8, 12, 14), "rows of the register tile")
 _LOW_BATCH = Parameter("bucket", 4, (2, 4, 8, 16), "the batch size that the kernel is padded to")
 RULES: dict[str, Rule] = {
     rule.id: rule
     for rule in (
         Rule(
-            "cpu.matmul", "cpu", "profiles.cpu.matmul:Matmul", "several rows times a matrix", _DOT
+            "cpu.matmul",
+            "cpu",
+            "profiles.cpu.matmul:Matmul",
+            "several rows times a matrix",
+            (_ROWS, _VECTORS),
         ),
         Rule(
-            "cpu.attention", "cpu", "profiles.cpu.attention:Attention", "paged and ragged attention"
+            "cpu.attention",
+            "cpu",
+            "profiles.cpu.attention:Attention",
+            "attention over KV pages of our own",
+            kv_pages=True,
         ),
-        Rule("cpu.gemv", "cpu", "profiles.cpu.gemv:GEMV", "one row times a matrix", _DOT),
+        Rule("cpu.gemv", "cpu", "profiles.cpu.gemv:GEMV", "one row times a matrix", (_VECTORS,)),
+        Rule(
+            "cpu.reduction",
+            "cpu",
+            "profiles.cpu.reduction:Reduction",
+            "layer norm, softmax: by row",
+        ),
+        Rule(
+            "cpu.elementwise",
+            "cpu",
+            "profiles.cpu.elementwise:Elementwise",
+            "what has no reduction: vectors along rows",
+        ),
         Rule(
             "dl.cpu.GEMV",
             "cpu",

@@ -25,7 +25,8 @@ from serve.backends import usable_cpus
 from serve.config import Settings
 from serve.engine import Chunk, Logits
 from serve.errors import ConfigError
-from serve.runtime.runner import TVMRunner, to_device
+from serve.runtime.runner import TVMRunner
+from serve.runtime.weights import DeviceWeights
 from serve.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -89,8 +90,8 @@ def run(options: Options, settings: Settings, say: Say) -> dict[str, Any]:
     """Measure, print the table, write the JSON; returns what it holds."""
     options = replace(options, profiles=options.profiles or (settings.library.profile,))
     if options.json_file is not None:
-        _check_writable(options.json_file)  # before the measuring, not after it
-    runners, libraries = _prepare(options, settings, say)
+        check_writable(options.json_file)  # before the measuring, not after it
+    runners, libraries = prepare(options, settings, say)
     prompt = workload(options.prompt_tokens)
     for name, runner in runners.items():
         say(f"warming up {name}")
@@ -109,7 +110,7 @@ def run(options: Options, settings: Settings, say: Say) -> dict[str, Any]:
     return report
 
 
-def _check_writable(file: Path) -> None:
+def check_writable(file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.open("a").close()
@@ -155,7 +156,7 @@ def _prefill(runner: TVMRunner, seq_ids: Sequence[int], prompt: Sequence[int]) -
     return np.concatenate(rows)
 
 
-def _prepare(
+def prepare(
     options: Options, settings: Settings, say: Say
 ) -> tuple[dict[str, TVMRunner], dict[str, Any]]:
     """A runner for each profile, on one copy of the weights."""
@@ -173,7 +174,7 @@ def _prepare(
     device = backend.device()
     libraries = {c.profile.name: c.compile(settings, say).library for c in chosen}
     say(f"loading {model.spec}" + (": random weights, the text is noise" if model.is_noise else ""))
-    weights = to_device(model.load(), device)
+    weights = DeviceWeights(model.load(), device)
     runners = {
         name: TVMRunner(library, weights, backend, config) for name, library in libraries.items()
     }

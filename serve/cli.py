@@ -1,4 +1,4 @@
-"""The command `dlight-serve`: run, compile, profiles, bench."""
+"""The command `dlight-serve`: run, compile, profiles, bench, trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TypeAlias
 
 from profiles import ProfileError, list_profiles, load_profile
-from serve import bench, launch
+from serve import bench, launch, trace
 from serve.backends import BACKENDS
 from serve.compiler.compile import CompileJob
 from serve.config import Settings, load_settings
@@ -93,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_arguments(
         _command(commands, "bench", _bench, "measure prefill and decode by profile", no_profile)
     )
+    trace.add_arguments(_command(commands, "trace", _trace, "show where the time goes", FLAGS))
     return top
 
 
@@ -164,6 +165,11 @@ def _show_coverage(chosen: launch.Selection, settings: Settings) -> None:
 
 def _bench(parsed: argparse.Namespace, settings: Settings) -> int:
     bench.run(bench.options_from(parsed), settings, say)
+    return 0
+
+
+def _trace(parsed: argparse.Namespace, settings: Settings) -> int:
+    trace.run(trace.options_from(parsed), settings, say)
     return 0
 
 

@@ -43,15 +43,17 @@ class ModelSection(Section):
 
 
 class LibrarySection(Section):
-    """What to compile it with. `profiles_dir`.
+    """What to compile it with. `profiles_dir`: a folder of your own profiles, which win over ours.
 
-    A folder of your own profiles, which win over ours.
+    mcpu, mattr: the processor and features to compile for; None: this machine's.
     """
 
     backend: str = Field(default="cpu", min_length=1)
     profile: str = Field(default="full", min_length=1)
     profiles_dir: str | None = None
     cache_dir: str | None = None
+    mcpu: str | None = Field(default=None, min_length=1)
+    mattr: str | None = Field(default=None, min_length=1)
     compile_time_limit_seconds: float = Field(default=1800.0, gt=0, le=threading.TIMEOUT_MAX)
 
 

@@ -28,7 +28,8 @@ from serve.engine import Engine
 from serve.errors import ConfigError
 from serve.metrics import EngineMetrics, Registry, render
 from serve.model.source import ModelSource, find_model
-from serve.runtime.runner import TVMRunner, to_device
+from serve.runtime.runner import TVMRunner
+from serve.runtime.weights import DeviceWeights
 from serve.tokenizer import Tokenizer
 
 PROMPT = "Four score and seven years ago"
@@ -57,11 +58,12 @@ class Selection:
 
 def select(settings: Settings, profile: str | None = None) -> Selection:
     """Find what the settings name. Raises ModelError, BackendError, ProfileError."""
-    folder = settings.library.profiles_dir
+    library = settings.library
+    folder = library.profiles_dir
     return Selection(
         find_model(settings.model.source, settings.hub),
-        get_backend(settings.library.backend),
-        load_profile(profile or settings.library.profile, Path(folder) if folder else None),
+        get_backend(library.backend, library.mcpu, library.mattr),
+        load_profile(profile or library.profile, Path(folder) if folder else None),
     )
 
 
@@ -97,7 +99,7 @@ def load_model(chosen: Selection, settings: Settings, registry: Registry, say: S
     start = time.perf_counter()
     runner = TVMRunner(
         library,
-        to_device(model.load(), device),
+        DeviceWeights(model.load(), device),
         backend,
         settings.runner,
         tokenizer.vocab_size,

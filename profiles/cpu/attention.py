@@ -1,319 +1,313 @@
-"""cpu.attention: decode and prefill over the paged KV cache. Imports TVM.
+"""cpu.attention: attention over KV pages of our own (serve/model/kv_pages.py). Imports TVM.
 
-Kernels of the same signature in place of TVM's own for the CPU, which are scalar loops on one
-thread: threads over heads, vectors over a head's width, 16 keys at a time, and no look at keys that
-the causal mask hides. Softmax is the online one, in base 2, as TVM's merge of partial results needs
-it: lse is a base-2 logarithm.
+Kernels of the same signature in place of the model's plain loops: threads over heads and tiles of
+rows, vectors over the keys of a page and over the width of its values.
+
+A row's arithmetic is the same wherever it is computed. It takes in its keys, from position 0 on, in
+groups of 64, one step of the online softmax (in base 2) for each group: scores are sums over the
+width in order, and a row's weighted values are summed key by key. Rows of one sequence are computed
+together, where there are enough, so that they share the loads of keys and values; a row then meets
+keys that the causal mask hides from it, whose weight is 0.
 """
 
-# The kernels are TVMScript: shapes in capitals, parameters they must take, lambdas used at once.
-# ruff: noqa: N803, N806, ARG001, B023
+# The kernels are TVMScript: shapes in capitals, lambdas used at once.
+# ruff: noqa: N803, N806, B023
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from tvm import s_tir, tirx
-from tvm.s_tir.dlight.base import ScheduleRule
 from tvm.script import tirx as T  # noqa: N812
 from tvm.target import Target
 
-GROUP = 16  # keys at a time; and the page size of TVM's kernels for the CPU
+from profiles.cpu.rule import CPURule, Declined
+from profiles.cpu.target import lanes, registers
+from profiles.cpu.vector_math import exp2
+
+PAGE = 16  # keys in a page
+GROUP = 64  # keys in a step of the online softmax
+MAX_ROWS = 8  # in a tile: more would leave more rows at a sequence's end to be computed singly
 LOG2_E = math.log2(math.e)
-NO_SCORE = -5e4  # where TVM's kernels begin: what is left of it after the first key is 0
 
 
-class Attention(ScheduleRule):  # type: ignore[misc]
-    """Takes TVM's three kernels of plain multi-head attention, told by name and shapes.
+class Attention(CPURule):
+    """Takes the two kernels of our KV pages, told by name and shapes.
 
-    Declines sliding windows and trees (other names), grouped queries, types other than f32, pages
-    of another size, and head widths that no power of two from 4 on divides. The kernels assert at
-    run time that no rotary embedding is asked for.
+    Declines head widths that no power of two from 4 on divides.
     """
 
-    takes_scheduled = True  # TVM marks its decode kernel as scheduled
+    takes_scheduled = True  # the model marks them, so that no other rule tries its luck
 
-    def apply(self, func: tirx.PrimFunc, target: Target, _: bool) -> s_tir.Schedule | None:
-        if target.kind.name != "llvm" or not isinstance(func, tirx.PrimFunc):
-            return None
+    def schedule(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule:
         name = str(func.attrs.get("global_symbol", "")) if func.attrs else ""
-        heads = _heads(func) if name in KERNELS else None
-        if heads is None:
-            return None
-        return s_tir.Schedule(KERNELS[name](*heads).with_attr("global_symbol", name))
+        if name not in KERNELS:
+            raise Declined("it is not attention over KV pages")
+        heads, width = _heads(func)
+        if math.gcd(width, PAGE) < 4:
+            raise Declined(f"no power of two from 4 on divides its head width, {width}")
+        return s_tir.Schedule(KERNELS[name](heads, width, target).with_attr("global_symbol", name))
 
 
-def _heads(func: tirx.PrimFunc) -> tuple[int, int] | None:
-    """The number of heads and their width, if the kernels fit."""
-    tensors = [p.ty for p in func.params if len(getattr(p.ty, "shape", ())) > 2]
-    if any(str(tensor.dtype) != "float32" for tensor in tensors):
-        return None
-    inner = [[int(extent) for extent in tensor.shape[1:]] for tensor in tensors]
-    heads, width = inner[0]
-    if any(shape not in ([heads, width], [2, heads, GROUP, width]) for shape in inner):
-        return None
-    return (heads, width) if math.gcd(width, 16) >= 4 else None
-
-
-@T.macro
-def _begin(o, state, width, lanes):
-    """o: sum of weighted values; state: highest score, sum of weights, next highest, its ratio."""
-    state[0] = T.float32(NO_SCORE)
-    state[1] = T.float32(1)
-    for c in T.unroll(width // lanes):
-        for x in T.vectorized(lanes):
-            o[c * lanes + x] = T.float32(0)
+def _heads(func: tirx.PrimFunc) -> tuple[int, int]:
+    """The number of heads and their width. Raises Declined."""
+    qkv, keys, values = (param.ty for param in func.params[:3])
+    heads, width, _ = (int(extent) for extent in keys.shape[2:])
+    expected = (
+        (qkv, [3 * heads, width], 1),
+        (keys, [heads, width, PAGE], 2),
+        (values, [heads, PAGE, width], 2),
+    )
+    for tensor, shape, begin in expected:
+        if str(tensor.dtype) != "float32" or [int(n) for n in tensor.shape[begin:]] != shape:
+            raise Declined(f"a tensor of it is not float32 of shape {shape}")
+    return heads, width
 
 
 @T.macro
-def _score(query, key, j, scores, sums, state, scale, width, lanes):
-    """scores[j] = query . key, and the highest so far."""
-    for x in T.vectorized(lanes):
-        sums[x] = T.float32(0)
-    for c in T.unroll(width // lanes):
-        for x in T.vectorized(lanes):
-            sums[x] = sums[x] + query(c * lanes + x) * key(j, c * lanes + x)
-    scores[j] = T.float32(0)
-    for x in T.unroll(lanes):
-        scores[j] = scores[j] + sums[x]
-    scores[j] = scores[j] * (scale * T.float32(LOG2_E))
-    state[2] = T.max(state[2], scores[j])
+def _fold(buffer, r, combine):
+    """A row's 16 lanes into its first, by halves."""
+    for x in T.vectorized(8):
+        buffer[r, x] = combine(buffer[r, x], buffer[r, x + 8])
+    for x in T.vectorized(4):
+        buffer[r, x] = combine(buffer[r, x], buffer[r, x + 4])
+    for x in T.vectorized(2):
+        buffer[r, x] = combine(buffer[r, x], buffer[r, x + 2])
+    buffer[r, 0] = combine(buffer[r, 0], buffer[r, 1])
 
 
 @T.macro
-def _group(n, query, key, value, o, scores, sums, state, scale, width, lanes):
-    """Take in the next n <= GROUP keys."""
-    state[2] = state[0]
-    for j in T.serial(n):
-        _score(query, key, j, scores, sums, state, scale, width, lanes)
-    state[3] = T.exp2(state[0] - state[2])
-    state[0] = state[2]
-    state[1] = state[1] * state[3]
-    for c in T.unroll(width // lanes):
-        for x in T.vectorized(lanes):
-            o[c * lanes + x] = o[c * lanes + x] * state[3]
-    for j in T.serial(n):
-        scores[j] = T.exp2(scores[j] - state[0])
-        state[1] = state[1] + scores[j]
-        for c in T.unroll(width // lanes):
-            for x in T.vectorized(lanes):
-                o[c * lanes + x] = o[c * lanes + x] + scores[j] * value(j, c * lanes + x)
+def _score(rows, visible, key, queries, scores, at, width):
+    """scores[r, at …]: the rows with a page's keys; row r sees the page's first visible + r + 1."""
+    sums = T.alloc_buffer((rows, PAGE), "float32", scope="local")
+    for r in T.unroll(rows):
+        for x in T.vectorized(PAGE):
+            sums[r, x] = T.float32(0)
+    for d in T.serial(width):
+        for r in T.unroll(rows):
+            for x in T.vectorized(PAGE):
+                sums[r, x] = T.fma(queries[d, r], key(d, x), sums[r, x])
+    for r in T.unroll(rows):
+        for x in T.vectorized(PAGE):
+            scores[r, at + x] = T.Select(x <= visible + r, sums[r, x], T.float32(-math.inf))
 
 
 @T.macro
-def _end(o, state, out, lse, row, head, width, lanes):
-    for c in T.unroll(width // lanes):
-        for x in T.vectorized(lanes):
-            out[row, head, c * lanes + x] = o[c * lanes + x] / state[1]
-    lse[row, head] = state[0] + T.log2(state[1])
+def _softmax(r, num_pages, weights, totals, highest, ratio):
+    """Scores to weights relative to the highest score so far; what came before shrinks by ratio."""
+    peak = T.alloc_buffer((1, PAGE), "float32", scope="local")
+    part = T.alloc_buffer((PAGE,), "float32", scope="local")
+    for x in T.vectorized(PAGE):
+        peak[0, x] = highest[r]
+        part[x] = T.float32(0)
+    for p in T.serial(num_pages):
+        for x in T.vectorized(PAGE):
+            peak[0, x] = T.max(peak[0, x], weights[r, p * PAGE + x])
+    _fold(peak, 0, lambda a, b: T.max(a, b))
+    ratio[r] = exp2(highest[r] - peak[0, 0])
+    highest[r] = peak[0, 0]
+    for p in T.serial(num_pages):
+        for x in T.vectorized(PAGE):
+            weights[r, p * PAGE + x] = exp2(weights[r, p * PAGE + x] - highest[r])
+        for x in T.vectorized(PAGE):
+            part[x] = part[x] + weights[r, p * PAGE + x]
+    for x in T.vectorized(PAGE):
+        totals[r, x] = T.fma(totals[r, x], ratio[r], part[x])
 
 
-def _decode(H: int, D: int) -> tirx.PrimFunc:
-    """One query a sequence against all its pages."""
-    lanes = math.gcd(D, 16)
-
-    @T.prim_func(s_tir=True)
-    def decode(
-        q_: T.handle,
-        pages_: T.handle,
-        indptr_: T.handle,
-        numbers_: T.handle,
-        last_length_: T.handle,
-        k_position_: T.handle,
-        q_position_: T.handle,
-        out_: T.handle,
-        lse_: T.handle,
-        rotary_mode: T.int32,
-        rope_scale: T.float32,
-        rope_theta: T.float32,
-        sm_scale: T.float32,
-    ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        B, N, P = T.int32(), T.int32(), T.int32()
-        at1, at2, at3, at4, at5 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
-        q = T.match_buffer(q_, (B, H, D), "float32")
-        pages = T.match_buffer(pages_, (P, 2, H, GROUP, D), "float32")
-        indptr = T.match_buffer(indptr_, (B + 1,), "int32", elem_offset=at1)
-        numbers = T.match_buffer(numbers_, (N,), "int32", elem_offset=at2)
-        last_length = T.match_buffer(last_length_, (B,), "int32", elem_offset=at3)
-        T.match_buffer(k_position_, (B,), "int32", elem_offset=at4)
-        T.match_buffer(q_position_, (B,), "int32", elem_offset=at5)
-        out = T.match_buffer(out_, (B, H, D), "float32")
-        lse = T.match_buffer(lse_, (B, H), "float32")
-        assert rotary_mode == 0, "cpu.attention has no rotary embedding"
-        for i in T.parallel(B * H):
-            o = T.alloc_buffer((D,), "float32", scope="local")
-            scores = T.alloc_buffer((GROUP,), "float32", scope="local")
-            sums = T.alloc_buffer((lanes,), "float32", scope="local")
-            state = T.alloc_buffer((4,), "float32", scope="local")
-            b: T.let[T.int32] = i // H
-            h: T.let[T.int32] = i % H
-            _begin(o, state, D, lanes)
-            for page in T.serial(indptr[b + 1] - indptr[b]):
-                number: T.let[T.int32] = numbers[indptr[b] + page]
-                is_last: T.let[T.bool] = page + 1 == indptr[b + 1] - indptr[b]
-                _group(
-                    T.if_then_else(is_last, last_length[b], GROUP),
-                    lambda d: q[b, h, d],
-                    lambda j, d: pages[number, 0, h, j, d],
-                    lambda j, d: pages[number, 1, h, j, d],
-                    o,
-                    scores,
-                    sums,
-                    state,
-                    sm_scale,
-                    D,
-                    lanes,
-                )
-            _end(o, state, out, lse, b, h, D, lanes)
-
-    return decode
+@T.macro
+def _weigh(rows, num_keys, number, value, weights, weighted, at, ratio, chunk, chunks):
+    """weighted[r, at …]: the sums of so many chunks of values take in the next keys'."""
+    sums = T.alloc_buffer((rows, chunks, chunk), "float32", scope="local")
+    for r in T.unroll(rows):
+        for c in T.unroll(chunks):
+            for x in T.vectorized(chunk):
+                sums[r, c, x] = weighted[r, at + c * chunk + x] * ratio[r]
+    for p in T.serial((num_keys + PAGE - 1) // PAGE):
+        page: T.let[T.int32] = number(p)
+        for j in T.serial(T.min(PAGE, num_keys - p * PAGE)):
+            for r in T.unroll(rows):
+                for c in T.unroll(chunks):
+                    for x in T.vectorized(chunk):
+                        sums[r, c, x] = T.fma(
+                            weights[r, p * PAGE + j], value(page, j, c * chunk + x), sums[r, c, x]
+                        )
+    for r in T.unroll(rows):
+        for c in T.unroll(chunks):
+            for x in T.vectorized(chunk):
+                weighted[r, at + c * chunk + x] = sums[r, c, x]
 
 
-def _paged_prefill(H: int, D: int) -> tirx.PrimFunc:
-    """Each sequence's queries against its pages."""
-    lanes = math.gcd(D, 16)
-
-    @T.prim_func(s_tir=True)
-    def paged_prefill(
-        q_: T.handle,
-        q_indptr_: T.handle,
-        pages_: T.handle,
-        indptr_: T.handle,
-        numbers_: T.handle,
-        last_length_: T.handle,
-        k_position_: T.handle,
-        q_position_: T.handle,
-        out_: T.handle,
-        lse_: T.handle,
-        causal: T.int32,
-        rotary_mode: T.int32,
-        rope_scale: T.float32,
-        rope_theta: T.float32,
-        sm_scale: T.float32,
-    ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        B, M, N, P = T.int32(), T.int32(), T.int32(), T.int32()
-        at1, at2, at3 = T.int32(), T.int32(), T.int32()
-        at4, at5, at6 = T.int32(), T.int32(), T.int32()
-        q = T.match_buffer(q_, (M, H, D), "float32")
-        q_indptr = T.match_buffer(q_indptr_, (B + 1,), "int32", elem_offset=at1)
-        pages = T.match_buffer(pages_, (P, 2, H, GROUP, D), "float32")
-        indptr = T.match_buffer(indptr_, (B + 1,), "int32", elem_offset=at2)
-        numbers = T.match_buffer(numbers_, (N,), "int32", elem_offset=at3)
-        last_length = T.match_buffer(last_length_, (B,), "int32", elem_offset=at4)
-        T.match_buffer(k_position_, (B,), "int32", elem_offset=at5)
-        T.match_buffer(q_position_, (M,), "int32", elem_offset=at6)
-        out = T.match_buffer(out_, (M, H, D), "float32")
-        lse = T.match_buffer(lse_, (M, H), "float32")
-        assert rotary_mode == 0, "cpu.attention has no rotary embedding"
-        for b in T.serial(B):
-            num_queries: T.let[T.int32] = q_indptr[b + 1] - q_indptr[b]
-            num_pages: T.let[T.int32] = indptr[b + 1] - indptr[b]
-            num_keys: T.let[T.int32] = T.if_then_else(
-                num_pages > 0, (num_pages - 1) * GROUP + last_length[b], 0
+@T.macro
+def _tile(rows, position, query, number, key, value, out, first, head, width, chunk, chunks):
+    """So many rows of one sequence, from `position` on, to out[first …, head]."""
+    queries = T.alloc_buffer((width, rows), "float32", scope="local")
+    weights = T.alloc_buffer((rows, GROUP), "float32", scope="local")  # scores at first
+    weighted = T.alloc_buffer((rows, width), "float32", scope="local")  # sums of values
+    totals = T.alloc_buffer((rows, PAGE), "float32", scope="local")  # sums of weights, by lane
+    highest = T.alloc_buffer((rows,), "float32", scope="local")
+    ratio = T.alloc_buffer((rows,), "float32", scope="local")
+    for r in T.serial(rows):
+        highest[r] = T.float32(-math.inf)
+        for d in T.serial(width):
+            queries[d, r] = query(r, d)
+        for x in T.vectorized(PAGE):
+            totals[r, x] = T.float32(0)
+        for c in T.serial(width // chunk):
+            for x in T.vectorized(chunk):
+                weighted[r, c * chunk + x] = T.float32(0)
+    for group in T.serial((position + rows + GROUP - 1) // GROUP):
+        begin: T.let[T.int32] = group * GROUP
+        num_keys: T.let[T.int32] = T.min(GROUP, position + rows - begin)
+        for p in T.serial((num_keys + PAGE - 1) // PAGE):
+            page: T.let[T.int32] = number(begin // PAGE + p)
+            _score(
+                rows,
+                position - begin - p * PAGE,
+                lambda d, x: key(page, d, x),
+                queries,
+                weights,
+                p * PAGE,
+                width,
             )
-            for i in T.parallel(num_queries * H):
-                o = T.alloc_buffer((D,), "float32", scope="local")
-                scores = T.alloc_buffer((GROUP,), "float32", scope="local")
-                sums = T.alloc_buffer((lanes,), "float32", scope="local")
-                state = T.alloc_buffer((4,), "float32", scope="local")
-                h: T.let[T.int32] = i // num_queries
-                row: T.let[T.int32] = q_indptr[b] + i % num_queries
-                visible: T.let[T.int32] = T.if_then_else(
-                    causal > 0, num_keys - num_queries + i % num_queries + 1, num_keys
-                )
-                _begin(o, state, D, lanes)
-                for page in T.serial((visible + GROUP - 1) // GROUP):
-                    number: T.let[T.int32] = numbers[indptr[b] + page]
-                    _group(
-                        T.min(GROUP, visible - page * GROUP),
-                        lambda d: q[row, h, d],
-                        lambda j, d: pages[number, 0, h, j, d],
-                        lambda j, d: pages[number, 1, h, j, d],
-                        o,
-                        scores,
-                        sums,
-                        state,
-                        sm_scale,
-                        D,
-                        lanes,
-                    )
-                _end(o, state, out, lse, row, h, D, lanes)
-
-    return paged_prefill
+        for r in T.serial(rows):
+            _softmax(r, (num_keys + PAGE - 1) // PAGE, weights, totals, highest, ratio)
+        for c in T.serial(width // (chunk * chunks)):
+            _weigh(
+                rows,
+                num_keys,
+                lambda p: number(begin // PAGE + p),
+                lambda page, j, k: value(page, j, c * chunk * chunks + k),
+                weights,
+                weighted,
+                c * chunk * chunks,
+                ratio,
+                chunk,
+                chunks,
+            )
+    for r in T.serial(rows):
+        _fold(totals, r, lambda a, b: a + b)
+        for c in T.serial(width // chunk):
+            for x in T.vectorized(chunk):
+                out[first + r, head, c * chunk + x] = weighted[r, c * chunk + x] / totals[r, 0]
 
 
-def _ragged_prefill(H: int, D: int) -> tirx.PrimFunc:
-    """Each sequence's queries against the keys that come with them, not yet in the cache."""
-    lanes = math.gcd(D, 16)
+def _append(H: int, D: int, _target: Target) -> tirx.PrimFunc:
+    """Threads over heads; token by token, so that a page stays in cache until it is filled."""
+    CHUNK = math.gcd(D, PAGE)
 
     @T.prim_func(s_tir=True)
-    def ragged_prefill(
-        q_: T.handle,
-        q_indptr_: T.handle,
-        k_: T.handle,
-        v_: T.handle,
-        k_indptr_: T.handle,
-        q_position_: T.handle,
-        k_position_: T.handle,
-        out_: T.handle,
-        lse_: T.handle,
-        causal: T.int32,
-        rotary_mode: T.int32,
-        rope_scale: T.float32,
-        rope_theta: T.float32,
-        sm_scale: T.float32,
+    def append(
+        qkv_: T.handle,
+        keys_: T.handle,
+        values_: T.handle,
+        positions_: T.handle,
+        starts_: T.handle,
+        numbers_: T.handle,
+        layer: T.int64,
     ):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        B, M, N = T.int32(), T.int32(), T.int32()
-        at1, at2, at3, at4 = T.int32(), T.int32(), T.int32(), T.int32()
-        q = T.match_buffer(q_, (M, H, D), "float32")
-        q_indptr = T.match_buffer(q_indptr_, (B + 1,), "int32", elem_offset=at1)
-        k = T.match_buffer(k_, (N, H, D), "float32")
-        v = T.match_buffer(v_, (N, H, D), "float32")
-        k_indptr = T.match_buffer(k_indptr_, (B + 1,), "int32", elem_offset=at2)
-        T.match_buffer(q_position_, (M,), "int32", elem_offset=at3)
-        T.match_buffer(k_position_, (B,), "int32", elem_offset=at4)
+        M, N, L, P = T.int64(), T.int64(), T.int64(), T.int64()
+        qkv = T.match_buffer(qkv_, (M, 3 * H, D), "float32")
+        keys = T.match_buffer(keys_, (L, P, H, D, PAGE), "float32")
+        values = T.match_buffer(values_, (L, P, H, PAGE, D), "float32")
+        positions = T.match_buffer(positions_, (M,), "int32")
+        starts = T.match_buffer(starts_, (M,), "int32")
+        numbers = T.match_buffer(numbers_, (N,), "int32")
+        for head in T.parallel(H):
+            for row in T.serial(M):
+                page: T.let[T.int32] = numbers[starts[row] + positions[row] // PAGE]
+                slot: T.let[T.int32] = positions[row] % PAGE
+                for d in T.serial(D):
+                    keys[layer, page, head, d, slot] = qkv[row, H + head, d]
+                for c in T.serial(D // CHUNK):
+                    for x in T.vectorized(CHUNK):
+                        values[layer, page, head, slot, c * CHUNK + x] = qkv[
+                            row, 2 * H + head, c * CHUNK + x
+                        ]
+
+    return append
+
+
+def _attend(H: int, D: int, target: Target) -> tirx.PrimFunc:
+    """Threads over heads and tiles of rows; a tile of several sequences row by row."""
+    CHUNK = math.gcd(D, PAGE)
+    ROWS = min(MAX_ROWS, registers(target) * lanes(target) // (2 * PAGE))
+
+    def chunks(rows: int) -> int:
+        """Vectors of a row's values at a time: half of the registers for all sums of the tile."""
+        count = D // CHUNK
+        room = registers(target) * lanes(target) // (2 * rows * CHUNK)
+        return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(1, room))
+
+    @T.prim_func(s_tir=True)
+    def attend(
+        qkv_: T.handle,
+        keys_: T.handle,
+        values_: T.handle,
+        positions_: T.handle,
+        starts_: T.handle,
+        numbers_: T.handle,
+        layer: T.int64,
+        scale: T.float32,
+        out_: T.handle,
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        M, N, L, P = T.int64(), T.int64(), T.int64(), T.int64()
+        qkv = T.match_buffer(qkv_, (M, 3 * H, D), "float32")
+        keys = T.match_buffer(keys_, (L, P, H, D, PAGE), "float32")
+        values = T.match_buffer(values_, (L, P, H, PAGE, D), "float32")
+        positions = T.match_buffer(positions_, (M,), "int32")
+        starts = T.match_buffer(starts_, (M,), "int32")
+        numbers = T.match_buffer(numbers_, (N,), "int32")
         out = T.match_buffer(out_, (M, H, D), "float32")
-        lse = T.match_buffer(lse_, (M, H), "float32")
-        assert rotary_mode == 0, "cpu.attention has no rotary embedding"
-        for b in T.serial(B):
-            num_queries: T.let[T.int32] = q_indptr[b + 1] - q_indptr[b]
-            num_keys: T.let[T.int32] = k_indptr[b + 1] - k_indptr[b]
-            for i in T.parallel(num_queries * H):
-                o = T.alloc_buffer((D,), "float32", scope="local")
-                scores = T.alloc_buffer((GROUP,), "float32", scope="local")
-                sums = T.alloc_buffer((lanes,), "float32", scope="local")
-                state = T.alloc_buffer((4,), "float32", scope="local")
-                h: T.let[T.int32] = i // num_queries
-                row: T.let[T.int32] = q_indptr[b] + i % num_queries
-                visible: T.let[T.int32] = T.if_then_else(
-                    causal > 0, num_keys - num_queries + i % num_queries + 1, num_keys
+        num_tiles: T.let[T.int64] = (M + ROWS - 1) // ROWS
+        for i in T.parallel(H * num_tiles):
+            head: T.let[T.int64] = i // num_tiles
+            turn: T.let[T.int64] = i % num_tiles
+            # First, last, second, second to last …: later tiles cost more, and threads take runs.
+            tile: T.let[T.int64] = T.if_then_else(
+                turn % 2 == 0, turn // 2, num_tiles - 1 - turn // 2
+            )
+            first: T.let[T.int64] = tile * ROWS
+            if first + ROWS <= M and starts[first] == starts[T.min(first + ROWS, M) - 1]:
+                _tile(
+                    ROWS,
+                    positions[first],
+                    lambda r, d: qkv[first + r, head, d] * (scale * T.float32(LOG2_E)),
+                    lambda p: numbers[starts[first] + p],
+                    lambda page, d, x: keys[layer, page, head, d, x],
+                    lambda page, j, d: values[layer, page, head, j, d],
+                    out,
+                    first,
+                    head,
+                    D,
+                    CHUNK,
+                    chunks(ROWS),
                 )
-                _begin(o, state, D, lanes)
-                for group in T.serial((visible + GROUP - 1) // GROUP):
-                    first: T.let[T.int32] = k_indptr[b] + group * GROUP
-                    _group(
-                        T.min(GROUP, visible - group * GROUP),
-                        lambda d: q[row, h, d],
-                        lambda j, d: k[first + j, h, d],
-                        lambda j, d: v[first + j, h, d],
-                        o,
-                        scores,
-                        sums,
-                        state,
-                        sm_scale,
+            else:
+                for row in T.serial(first, T.min(first + ROWS, M)):
+                    _tile(
+                        1,
+                        positions[row],
+                        lambda r, d: qkv[row + r, head, d] * (scale * T.float32(LOG2_E)),
+                        lambda p: numbers[starts[row] + p],
+                        lambda page, d, x: keys[layer, page, head, d, x],
+                        lambda page, j, d: values[layer, page, head, j, d],
+                        out,
+                        row,
+                        head,
                         D,
-                        lanes,
+                        CHUNK,
+                        chunks(1),
                     )
-                _end(o, state, out, lse, row, h, D, lanes)
 
-    return ragged_prefill
+    return attend
 
 
-KERNELS = {
-    "batch_decode_paged_kv_cpu": _decode,
-    "batch_prefill_paged_kv_cpu": _paged_prefill,
-    "batch_prefill_ragged_kv": _ragged_prefill,
+KERNELS: dict[str, Callable[[int, int, Target], Any]] = {
+    "kv_pages_append": _append,
+    "kv_pages_attend": _attend,
 }

@@ -1,8 +1,8 @@
-"""Rows of dot products: the schedule that cpu.matmul and cpu.gemv share. Imports TVM.
+"""Rows of dot products: cpu.matmul and cpu.gemv where the matrix is not packed. Imports TVM.
 
 Every output is the dot product of two rows that are contiguous in memory. Its sum runs in `lanes`
 partial sums in a vector register, added up at the end, always in the same order: so an output is
-the same bits alone, in any batch, and in any chunk. `columns` outputs are computed side by side:
+the same bits alone, in any batch, and in any chunk. COLUMNS outputs are computed side by side:
 they share the loads of the left row, and give the processor independent sums to work on.
 """
 
@@ -31,8 +31,11 @@ class DotProducts:
     length: int
 
 
+COLUMNS = 8
+
+
 def apply(
-    func: tirx.PrimFunc, target: Target, *, one_row: bool, lanes: int, columns: int
+    func: tirx.PrimFunc, target: Target, *, one_row: bool, lanes: int
 ) -> s_tir.Schedule | None:
     """Schedule dot products of one row or of several; None for anything else."""
     if target.kind.name != "llvm" or not isinstance(func, tirx.PrimFunc):
@@ -45,7 +48,7 @@ def apply(
         lanes //= 2
     if lanes == 1:
         return None
-    _schedule(sch, dots, lanes, columns)
+    _schedule(sch, dots, lanes)
     return sch
 
 
@@ -89,7 +92,7 @@ def _is_dot_product(block: s_tir.SBlock) -> bool:
     return len(right.indices) == 2 and row.same_as(n) and all(a.same_as(b) for a, b in expected)
 
 
-def _schedule(sch: s_tir.Schedule, dots: DotProducts, lanes: int, columns: int) -> None:
+def _schedule(sch: s_tir.Schedule, dots: DotProducts, lanes: int) -> None:
     """Threads over blocks of columns; in each, row after row, so that its weights stay in cache."""
     product, has_epilogue = dots.product, dots.epilogue is not None
     _, lane = sch.split(sch.get_loops(product)[-1], factors=[None, lanes])
@@ -98,7 +101,7 @@ def _schedule(sch: s_tir.Schedule, dots: DotProducts, lanes: int, columns: int) 
         *rows, column = sch.get_loops(dots.epilogue)
     else:
         *rows, column, _ = sch.get_loops(product)
-    block, column = sch.split(column, factors=[None, columns])
+    block, column = sch.split(column, factors=[None, COLUMNS])
     sch.reorder(block, *rows, column)
     inner = sch.fuse(*rows) if rows else block
     sch.parallel(block)

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from tvm import s_tir, tirx
-from tvm.s_tir.dlight.base import ScheduleRule
 from tvm.target import Target
 
 from profiles.cpu import dot
+from profiles.cpu.product import product_of
+from profiles.cpu.rule import CPURule, Declined
+from profiles.cpu.target import lanes, panel
+from profiles.cpu.tile import Tile
 
 
-class Matmul(ScheduleRule):  # type: ignore[misc]
-    """Takes dot products of several rows, or of a number known at run time, and their epilogue.
+class Matmul(CPURule):
+    """Takes products of several rows, or of a number known at run time, and their epilogue.
 
-    lanes: partial sums of an output, halved until they divide its length. columns: outputs side by
-    side.
+    rows, vectors: of the register tile. Full tiles first, then what is left in tiles of 4, 2 and 1
+    rows. The vectors (0: what suits the target) are the width of the packed weights' panels too.
     """
 
-    def __init__(self, lanes: int = 16, columns: int = 8) -> None:
-        self.lanes, self.columns = lanes, columns
+    def __init__(self, rows: int = 6, vectors: int = 0) -> None:
+        self.rows, self.vectors = rows, vectors
 
-    def apply(self, func: tirx.PrimFunc, target: Target, _: bool) -> s_tir.Schedule | None:
-        return dot.apply(func, target, one_row=False, lanes=self.lanes, columns=self.columns)
+    def panel(self, target: Target) -> int:
+        return panel(target, self.vectors)
+
+    def schedule(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule:
+        dots = dot.apply(func, target, one_row=False, lanes=lanes(target))
+        if dots is not None:
+            return dots
+        product = product_of(func)
+        if not product.row_extents:
+            raise Declined("it has a single row: that is cpu.gemv's")
+        return Tile(product, lanes(target), self.rows, self.panel(target)).schedule()

@@ -16,6 +16,7 @@ class Backend:
     """`target()` is TVM's target as a JSON object; `device()` raises BackendError if there is none.
 
     `family` picks the profile section where the profile has none for the backend itself.
+    `missing_features(target)`: what libraries of that target may use and this machine has not.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Backend:
     target: Callable[[], Mapping[str, Any]]
     device: Callable[[], tvm.runtime.Device]
     dtype: str = "float32"
+    missing_features: Callable[[Mapping[str, Any]], list[str]] = lambda _target: []
 
 
 def existing_device(backend: str, device: tvm.runtime.Device) -> tvm.runtime.Device:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,39 @@ import tvm
 from tvm.target import codegen
 
 from serve.backends.backend import Backend
+from serve.errors import BackendError
+
+_LLVM = tvm.target.Target({"kind": "llvm"})
+
+
+def cpu_named(mcpu: str | None = None, features: str | None = None) -> Backend:
+    """The CPU backend, for another processor than this one, or with other features.
+
+    mcpu: LLVM's name of it, such as "haswell"; features: such as "+avx2,-avx512f". Its libraries
+    run where the features are. Raises BackendError for what LLVM does not know.
+    """
+    known = sorted(str(name) for name in codegen.llvm_get_cpu_archlist(_LLVM))
+    if mcpu is not None and mcpu not in known:
+        raise BackendError(f"LLVM knows no mcpu {mcpu!r}; it knows {', '.join(known)}")
+    listed = [f.strip() for f in (features or "").split(",") if f.strip()]
+    for feature in listed:
+        if not re.fullmatch(r"[+-][a-z0-9][a-z0-9._-]*", feature):
+            raise BackendError(f"mattr {feature!r}: expected a feature with + or -, as in +avx2")
+
+    def named() -> Mapping[str, Any]:
+        own = target() if mcpu is None else {"kind": "llvm", "mcpu": mcpu}
+        attributes = [*own.get("mattr", ()), *listed]
+        return {**own, **({"mattr": attributes} if attributes else {})}
+
+    return replace(CPU, target=named)
+
+
+def missing_features(built_for: Mapping[str, Any]) -> list[str]:
+    """What code for that target may use and this processor has not, by LLVM's names."""
+    if built_for.get("kind") != "llvm":
+        return []
+    used = codegen.llvm_get_cpu_features(tvm.target.Target(dict(built_for)))
+    return sorted({str(feature) for feature in used} & _absent_features())
 
 
 def target() -> Mapping[str, Any]:
@@ -47,4 +82,4 @@ def cpu_ids() -> list[int]:
         return list(range(os.cpu_count() or 1))
 
 
-CPU = Backend("cpu", "cpu", target, tvm.cpu)
+CPU = Backend("cpu", "cpu", target, tvm.cpu, missing_features=missing_features)

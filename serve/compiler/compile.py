@@ -51,6 +51,7 @@ class CompileJob:
             "profile": profile.name,
             "profile_digest": profile.digest(backend.name, backend.family),
             "rules": [{"id": use.rule.id, "parameters": dict(use.values)} for use in rules],
+            "kv_cache": "pages" if any(use.rule.kv_pages for use in rules) else "tvm",
             "pipeline_version": PIPELINE_VERSION,
             "tvm_version": tvm.__version__,
         }

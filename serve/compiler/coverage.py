@@ -5,15 +5,17 @@ DLight itself says nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import tvm
 from tvm import relax, s_tir, tirx
 
 from profiles import RuleUse
+from serve.compiler.work import count_work
 from serve.errors import CompileError
 
 KV_CACHE = "create_paged_kv_cache"  # the function that hands TVM's cache its kernels
@@ -25,13 +27,18 @@ class KernelCoverage:
 
     `as_written` if its author had scheduled it by hand.
 
-    `called_by` are the library's functions that call it.
+    `called_by` are the library's functions that call it. `declined` says why the rules before the
+    one that took it did not, by rule id, as far as they say.
+
+    `work`: what it computes and moves, as in serve/compiler/work.py.
     """
 
     kernel: str
     rule: str | None
     as_written: bool
     called_by: tuple[str, ...]
+    declined: Mapping[str, str] = field(default_factory=dict)
+    work: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,6 +54,7 @@ def schedule(
     """
     built = [(use.rule.id, _build(use)) for use in rules]
     callers = _callers(mod)
+    work = {name: count_work(name, func) for name, func in _kernels(mod)}
     coverage = []
     with target:
         for variable, func in mod.functions_items():
@@ -59,7 +67,9 @@ def schedule(
             if scheduled is not None:
                 mod[variable] = scheduled.with_attr("tirx.is_scheduled", True)
             as_written = as_written and rule is None
-            coverage.append(KernelCoverage(name, rule, as_written, tuple(sorted(callers[name]))))
+            called_by = tuple(sorted(callers[name]))
+            declined = _reasons(func, offered, rule, target)
+            coverage.append(KernelCoverage(name, rule, as_written, called_by, declined, work[name]))
     return mod, sorted(coverage, key=lambda entry: entry.kernel)
 
 
@@ -87,6 +97,34 @@ def _first_taker(
             schedule_ = space if isinstance(space, s_tir.Schedule) else space[0]
             return rule_id, schedule_.mod["main"]
     return None, None
+
+
+def _reasons(
+    func: tirx.PrimFunc,
+    rules: Sequence[tuple[str, Any]],
+    taker: str | None,
+    target: tvm.target.Target,
+) -> dict[str, str]:
+    """Why the rules before the taker declined: ours say so in `why_not`, TVM's do not."""
+    before = itertools.takewhile(lambda offered: offered[0] != taker, rules)
+    return {i: rule.why_not(func, target) for i, rule in before if hasattr(rule, "why_not")}
+
+
+def panel_of(rules: Sequence[RuleUse], target: tvm.target.Target) -> int | None:
+    """How many rows wide the panels of packed weights are to be; None: not packed.
+
+    Raises CompileError if the rules want different ones.
+    """
+    built = {use.rule.id: _build(use) for use in rules}
+    wanted = {i: rule.panel(target) for i, rule in built.items() if hasattr(rule, "panel")}
+    if len(set(wanted.values())) > 1:
+        raise CompileError(f"the rules want weights packed in panels of different widths: {wanted}")
+    return next(iter(wanted.values()), None)
+
+
+def _kernels(mod: tvm.IRModule) -> list[tuple[str, tirx.PrimFunc]]:
+    functions = [(variable.name_hint, func) for variable, func in mod.functions_items()]
+    return [(name, func) for name, func in functions if isinstance(func, tirx.PrimFunc)]
 
 
 def _callers(mod: tvm.IRModule) -> dict[str, set[str]]:

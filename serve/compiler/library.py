@@ -22,8 +22,10 @@ MANIFEST_DIGEST = "manifest_digest"  # the key in the file: sha256 of all the ot
 class Manifest:
     """What a library was compiled from and how.
 
-    `parameters` are the weights in calling order, (name, shape); `coverage` as in
-    compiler/coverage.py; `digest` is the sha256 of library.so.
+    `parameters` are the weights in calling order, (name, shape as loaded); `packed` are those that
+    the library takes as its own function `pack` packs them, in panels of `panel` rows; `coverage`
+    as in compiler/coverage.py; `kv_cache` is "tvm" or "pages" (of our own); `digest` is the sha256
+    of library.so.
     """
 
     key: str
@@ -38,6 +40,9 @@ class Manifest:
     rules: tuple[Mapping[str, Any], ...]
     coverage: tuple[Mapping[str, Any], ...]
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    packed: tuple[str, ...]
+    panel: int | None
+    kv_cache: str
     page_size: int
     tvm_version: str
     pipeline_version: int
@@ -80,6 +85,7 @@ def open_library(folder: Path) -> Library:
         if raw.pop(MANIFEST_DIGEST) != _digest(raw):
             raise ValueError(f"{MANIFEST_FILE} is damaged")
         raw["parameters"] = tuple((name, tuple(shape)) for name, shape in raw["parameters"])
+        raw["packed"] = tuple(raw["packed"])
         raw["rules"], raw["coverage"] = tuple(raw["rules"]), tuple(raw["coverage"])
         manifest = Manifest(**raw)
         digest = file_digest(folder / LIBRARY_FILE)

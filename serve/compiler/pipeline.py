@@ -18,13 +18,14 @@ from tvm import relax
 
 from profiles import read_profile
 from serve.backends import get_backend
-from serve.compiler.coverage import KernelCoverage, schedule
+from serve.compiler.coverage import KernelCoverage, panel_of, schedule
 from serve.compiler.library import LIBRARY_FILE, Manifest, file_digest, write_manifest
 from serve.errors import CompileError
 from serve.model.config import GPT2Config
-from serve.model.gpt2 import PAGE_SIZE, export
+from serve.model.gpt2 import export
+from serve.model.kv_pages import PAGE_SIZE
 
-PIPELINE_VERSION = 1  # raise it when the passes below change: it is part of the library's key
+PIPELINE_VERSION = 2  # raise it when the passes below change: it is part of the library's key
 QUANTIZATION = {"float32": "q0f32", "float16": "q0f16"}  # MLC's names
 PHASES = ("export", "fuse", "schedule", "lower", "generate code", "link")
 
@@ -83,7 +84,10 @@ def build(request: dict[str, Any], folder: Path, report: Report) -> None:
         raise CompileError(f"{profile.source} was changed in the meantime")
     with target:
         report("export")
-        mod, parameters = export(GPT2Config(**request["model_config"]))
+        panel = panel_of(rules, target)
+        mod, parameters, packed = export(
+            GPT2Config(**request["model_config"]), panel, request["kv_cache"]
+        )
         report("fuse")
         mod = fuse(mod)
         report("schedule")
@@ -95,7 +99,7 @@ def build(request: dict[str, Any], folder: Path, report: Report) -> None:
     report("link")
     executable.export_library(str(folder / LIBRARY_FILE))
     seconds = time.perf_counter() - start
-    write_manifest(folder, _manifest(request, folder, coverage, parameters, seconds))
+    write_manifest(folder, _manifest(request, folder, coverage, parameters, packed, panel, seconds))
 
 
 @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
@@ -108,6 +112,8 @@ def _manifest(
     folder: Path,
     coverage: list[KernelCoverage],
     parameters: list[tuple[str, tuple[int, ...]]],
+    packed: list[str],
+    panel: int | None,
     seconds: float,
 ) -> Manifest:
     return Manifest(
@@ -123,6 +129,9 @@ def _manifest(
         rules=tuple(request["rules"]),
         coverage=tuple(entry.as_dict() for entry in coverage),
         parameters=tuple(parameters),
+        packed=tuple(packed),
+        panel=panel,
+        kv_cache=request["kv_cache"],
         page_size=PAGE_SIZE,
         tvm_version=tvm.__version__,
         pipeline_version=PIPELINE_VERSION,

@@ -1,4 +1,4 @@
-"""Runs a library on Relax's virtual machine and paged KV cache: the real ModelRunner.
+"""Runs a library on Relax's virtual machine: the real ModelRunner.
 
 TVM's thread pool belongs to the calling thread, so the engine's thread alone should call this.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -16,13 +16,14 @@ import numpy as np
 import tvm
 from numpy.typing import NDArray
 from tvm import relax
-from tvm.runtime import ShapeTuple
 
 from serve.backends import Backend, cpu_ids, usable_cpus
-from serve.compiler.library import Library
+from serve.compiler.library import Library, Manifest
 from serve.engine import Chunk, Logits, RunnerLimits
-from serve.errors import LibraryError, WeightsError
+from serve.errors import LibraryError
 from serve.model.config import GPT2Config
+from serve.runtime.kv_cache import make_kv_cache
+from serve.runtime.weights import DeviceWeights
 
 _SHARE_CPUS = -3  # TVM's AffinityMode kSpecifyThreadShareAllCore
 
@@ -45,7 +46,7 @@ class RunnerConfig:
 class TVMRunner:
     """One library with weights on one device; implements serve.engine's ModelRunner.
 
-    `weights`: what `to_device` gives. `vocab_size`: the tokenizer's, where logits are to end if the
+    `vocab_size`: the tokenizer's, where logits are to end if the
     model has more; None: the model's.
 
     Raises LibraryError if the library does not load or lacks a function, WeightsError if the
@@ -55,7 +56,7 @@ class TVMRunner:
     def __init__(
         self,
         library: Library,
-        weights: Mapping[str, Any],
+        weights: DeviceWeights,
         backend: Backend,
         config: RunnerConfig | None = None,
         vocab_size: int | None = None,
@@ -66,20 +67,15 @@ class TVMRunner:
         self._thread_id: int | None = None
         self._bind_thread()
         self._device = backend.device()
+        _check_features(library, backend)
         self._vm = _load(library, self._device)
-        self._params = _in_order(manifest.parameters, weights)
-        self._functions = _KVFunctions()
+        self._params = _in_order(manifest, self._vm, weights)
         model = GPT2Config(**manifest.model_config)
         self._vocab_size = model.vocab_size
         kv_tokens = config.kv_tokens or 8 * model.n_positions
         step_tokens = max(config.max_step_tokens, config.max_batch)
-        self._kv = self._vm["create_paged_kv_cache"](
-            *(
-                ShapeTuple([size])
-                for size in (config.max_batch, kv_tokens, step_tokens, manifest.page_size, 0)
-            )
-        )
-        num_pages = int(self._functions.available(self._kv))
+        self._kv = make_kv_cache(manifest, self._vm, config.max_batch, kv_tokens, step_tokens)
+        num_pages = self._kv.num_free
         self._limits = RunnerLimits(
             vocab_size=min(self._vocab_size, vocab_size or self._vocab_size),
             max_context=min(model.n_positions, num_pages * manifest.page_size),
@@ -94,50 +90,55 @@ class TVMRunner:
         return self._limits
 
     def add(self, seq_id: int) -> None:
-        self._functions.add(self._kv, seq_id)
+        self._kv.add(seq_id)
 
     def fork(self, parent_id: int, child_id: int, num_tokens: int) -> None:
-        self._functions.fork(self._kv, parent_id, child_id, num_tokens)
+        self._kv.fork(parent_id, child_id, num_tokens)
 
     def release(self, seq_id: int) -> None:
-        self._functions.remove(self._kv, seq_id)
+        self._kv.release(seq_id)
 
     def rollback(self, seq_id: int, num_tokens: int) -> None:
-        self._functions.popn(self._kv, seq_id, num_tokens)
+        self._kv.rollback(seq_id, num_tokens)
 
     def num_free_pages(self) -> int:
-        return int(self._functions.available(self._kv))
+        return self._kv.num_free
 
     def prefill(self, chunks: Sequence[Chunk]) -> Logits:
         lengths = [len(chunk.token_ids) for chunk in chunks]
         last = np.cumsum(lengths, dtype=np.int32) - 1
-        self._begin([chunk.seq_id for chunk in chunks], lengths)
+        kv_cache = self._begin([chunk.seq_id for chunk in chunks], lengths)
         out = self._vm["batch_prefill"](
             self._tensor(_packed(chunks)),
             self._tensor(last.astype(np.int32)),
-            self._kv,
+            kv_cache,
             self._params,
         )
         return self._end(out)
 
     def verify(self, chunks: Sequence[Chunk]) -> Logits:
-        self._begin([chunk.seq_id for chunk in chunks], [len(chunk.token_ids) for chunk in chunks])
+        lengths = [len(chunk.token_ids) for chunk in chunks]
+        kv_cache = self._begin([chunk.seq_id for chunk in chunks], lengths)
         return self._end(
-            self._vm["batch_verify"](self._tensor(_packed(chunks)), self._kv, self._params)
+            self._vm["batch_verify"](self._tensor(_packed(chunks)), kv_cache, self._params)
         )
 
     def decode(self, seq_ids: Sequence[int], token_ids: Sequence[int]) -> Logits:
         function = self._vm["decode" if len(seq_ids) == 1 else "batch_decode"]
-        self._begin(seq_ids, [1] * len(seq_ids))
+        kv_cache = self._begin(seq_ids, [1] * len(seq_ids))
         ids = np.asarray(token_ids, np.int32).reshape(-1, 1)
-        return self._end(function(self._tensor(ids), self._kv, self._params))
+        return self._end(function(self._tensor(ids), kv_cache, self._params))
 
-    def _begin(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> None:
+    def set_instrument(self, instrument: Any) -> None:
+        """Have the VM call it around each of its calls, for good (see instrument.py)."""
+        self._vm.set_instrument(instrument)
+
+    def _begin(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> Any:
         self._bind_thread()
-        self._functions.begin(self._kv, ShapeTuple(list(seq_ids)), ShapeTuple(list(lengths)))
+        return self._kv.begin(seq_ids, lengths)
 
     def _end(self, logits: Any) -> Logits:
-        self._functions.end(self._kv)
+        self._kv.end()
         array: Logits = logits.numpy()  # a copy; waits for the device
         return array.reshape(-1, self._vocab_size)[:, : self._limits.vocab_size]
 
@@ -158,18 +159,15 @@ class TVMRunner:
         return tvm.runtime.tensor(array, self._device)
 
 
-class _KVFunctions:
-    """The VM's builtins on a KV cache."""
-
-    def __init__(self) -> None:
-        get = tvm.get_global_func
-        self.add = get("vm.builtin.kv_state_add_sequence")
-        self.fork = get("vm.builtin.kv_state_fork_sequence")
-        self.remove = get("vm.builtin.kv_state_remove_sequence")
-        self.popn = get("vm.builtin.kv_state_popn")
-        self.begin = get("vm.builtin.kv_state_begin_forward")
-        self.end = get("vm.builtin.kv_state_end_forward")
-        self.available = get("vm.builtin.attention_kv_cache_get_num_available_pages")
+def _check_features(library: Library, backend: Backend) -> None:
+    """Refuse what would end this process with an illegal instruction."""
+    missing = backend.missing_features(library.manifest.target)
+    if missing:
+        built_for = library.manifest.target.get("mcpu", "another processor")
+        raise LibraryError(
+            f"{library.path}: built for {built_for}, with instructions that this processor lacks: "
+            f"{', '.join(missing)}; compile it here, or with library.mcpu and library.mattr"
+        )
 
 
 def _load(library: Library, device: tvm.runtime.Device) -> Any:
@@ -184,22 +182,13 @@ def _load(library: Library, device: tvm.runtime.Device) -> Any:
         raise LibraryError(f"{library.path}: does not load: {error}") from error
 
 
-def to_device(
-    weights: Mapping[str, NDArray[np.float32]], device: tvm.runtime.Device
-) -> dict[str, Any]:
-    """The weights as TVM tensors on the device, to share among runners. Copies one at a time."""
-    return {name: tvm.runtime.tensor(weights[name], device) for name in weights}
-
-
-def _in_order(
-    parameters: Sequence[tuple[str, tuple[int, ...]]], weights: Mapping[str, Any]
-) -> list[Any]:
-    """The weights in the library's calling order."""
-    for name, shape in parameters:
-        found = f"shape {list(weights[name].shape)}" if name in weights else "nothing"
-        if found != f"shape {list(shape)}":
-            raise WeightsError(name, f"shape {list(shape)}", found, "the loaded weights")
-    return [weights[name] for name, _ in parameters]
+def _in_order(manifest: Manifest, vm: Any, weights: DeviceWeights) -> list[Any]:
+    """The weights in the library's calling order and layout."""
+    layout = (manifest.panel, vm["pack"]) if manifest.packed else (None, None)
+    return [
+        weights.get(name, shape, *(layout if name in manifest.packed else (None, None)))
+        for name, shape in manifest.parameters
+    ]
 
 
 def _packed(chunks: Sequence[Chunk]) -> NDArray[np.int32]:

@@ -18,7 +18,8 @@ from serve.backends import get_backend
 from serve.compiler.cache import LibraryCache
 from serve.compiler.compile import CompileJob, get_library
 from serve.model.source import ModelSource, find_model
-from serve.runtime.runner import RunnerConfig, TVMRunner, to_device
+from serve.runtime.runner import RunnerConfig, TVMRunner
+from serve.runtime.weights import DeviceWeights
 
 TOLERANCE = 2e-4  # on logits, in f32
 PROFILES = ("baseline", "matmul", "gemv", "reduction", "full", "stock")
@@ -90,7 +91,7 @@ def make_runner(library_cache: LibraryCache) -> MakeRunner:
         backend = get_backend("cpu")
         job = CompileJob(source.config, backend, load_profile(profile))
         library = get_library(job, library_cache).library
-        weights = to_device(source.load(), backend.device())
+        weights = DeviceWeights(source.load(), backend.device())
         return TVMRunner(library, weights, backend, RunnerConfig(**limits))
 
     return make
