@@ -4,13 +4,16 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
+PEERS := $(VENV)/peers
+PEER_ENGINES := ctranslate2 llamacpp openvino vllm
 
-.PHONY: help install serve test check bench
+.PHONY: help install serve test check bench peers-venvs bench-peers
 help:
 	@echo "make serve   run the server (ARGS='--port 9000 --profile baseline')"
 	@echo "make test    run the tests (ARGS='-m unit')"
 	@echo "make check   ruff, mypy"
 	@echo "make bench   measure every profile on GPT-2 124M's shapes, into bench/results/"
+	@echo "make bench-peers  ours and other engines, each in an environment from make peers-venvs"
 	@echo "make install the runtime packages alone, into $(VENV)"
 
 install: $(VENV)/.installed
@@ -39,3 +42,13 @@ bench: install
 	$(BIN)/dlight-serve bench --model synthetic:gpt2 --profile baseline --profile matmul \
 		--profile gemv --profile reduction --profile full --profile stock --repetitions 3 \
 		--json bench/results/cpu.json $(ARGS)
+
+peers-venvs: $(PEER_ENGINES:%=$(PEERS)/%/.installed)
+
+$(PEERS)/%/.installed: bench/peers/requirements-%.txt
+	$(PYTHON) -m venv $(PEERS)/$*
+	$(PEERS)/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+bench-peers: $(VENV)/.installed-test
+	$(BIN)/python -m bench.peers --venvs $(PEERS) --json bench/results/peers.json $(ARGS)

@@ -92,7 +92,8 @@ def run(options: Options, settings: Settings, say: Say) -> dict[str, Any]:
     if options.json_file is not None:
         check_writable(options.json_file)  # before the measuring, not after it
     runners, libraries = prepare(options, settings, say)
-    prompt = workload(options.prompt_tokens)
+    vocab_size = min(runner.limits.vocab_size for runner in runners.values())
+    prompt = workload(options.prompt_tokens, vocab_size)
     for name, runner in runners.items():
         say(f"warming up {name}")
         measure(runner, prompt[: WARM_UP_TOKENS[0]], options.batch, WARM_UP_TOKENS[1])
@@ -120,11 +121,15 @@ def check_writable(file: Path) -> None:
         ) from None
 
 
-def workload(num_tokens: int) -> list[int]:
-    """`<|endoftext|>`, the Gettysburg Address, a newline: 322 tokens; repeated or cut to length."""
+def workload(num_tokens: int, vocab_size: int) -> list[int]:
+    """`<|endoftext|>`, the Gettysburg Address, a newline: 322 tokens; repeated or cut to length.
+
+    Other tokens in their place if the model has fewer than GPT-2.
+    """
     tokenizer = Tokenizer.bundled()
     text = (files("serve") / "data" / "gettysburg.txt").read_text(encoding="utf-8")
     ids = [tokenizer.eos_token_id, *tokenizer.encode(text), *tokenizer.encode("\n")]
+    ids = [token % vocab_size for token in ids]
     return (ids * -(-num_tokens // len(ids)))[:num_tokens]
 
 

@@ -31,6 +31,8 @@ LAW: dict[str, set[str]] = {
     "serve.engine": set(),
     "serve.model": {"safetensors", "huggingface_hub", "ml_dtypes"},
     "serve.model.gpt2": {"serve.model", "tvm"},
+    "serve.model.kv_pages": {"serve.model", "tvm"},
+    "serve.model.layers": {"tvm"},
     "serve.backends": {"tvm"},
     "serve.compiler": {"serve.model", "serve.backends", "profiles", "tvm"},
     "serve.runtime": {
@@ -42,20 +44,24 @@ LAW: dict[str, set[str]] = {
         "pydantic",
     },
     "serve.config": {"*"},
+    "serve.roof": {"serve.backends", "tvm"},
+    "serve.trace": {"*"},
+    "serve.trace_table": set(),
     "serve.bench": {"*"},
     "serve.launch": {"*"},
     "serve.cli": {"*"},
     "profiles": set(),
     "profiles.rules": {"profiles", "tvm"},
-    "profiles.cpu": {"profiles", "tvm"},
+    "profiles.cpu": {"profiles", "tvm", "tvm_ffi"},
     "profiles.gpu": {"profiles", "tvm"},
     "loadtest": {"locust", "gevent", "geventhttpclient"},
 }  # fmt: skip
 # What may import everything -> who alone may import it.
 NOT_IMPORTED: dict[str, set[str]] = {
-    "serve.config": {"serve.launch", "serve.cli", "serve.bench"},
-    "serve.launch": {"serve.cli", "serve.bench"},
-    "serve.bench": {"serve.cli"},
+    "serve.config": {"serve.launch", "serve.cli", "serve.bench", "serve.trace"},
+    "serve.launch": {"serve.cli", "serve.bench", "serve.trace"},
+    "serve.bench": {"serve.cli", "serve.trace"},
+    "serve.trace": {"serve.cli"},
     "serve.cli": set(),
 }
 

@@ -44,6 +44,21 @@ class Block:
         spatial = [i.var for i, kind in zip(self.iters, self.kinds, strict=True) if kind == "S"]
         return are(self.store.indices, spatial)
 
+    @property
+    def start(self) -> Any:
+        """What a reduction begins at; None if that is no constant."""
+        return getattr(getattr(self.init, "value", None), "value", None)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the first operand of what it stores is what was stored there before."""
+        so_far = self.store.value.a
+        return (
+            isinstance(so_far, TensorLoad)
+            and so_far.source.same_as(self.store.buffer)
+            and all(map(tvm_ffi.structural_equal, so_far.indices, self.store.indices))
+        )
+
 
 def are(indices: Sequence[Any], variables: Sequence[tirx.Var]) -> bool:
     """Whether the indices, those of unit axes left out, are these variables in order."""
@@ -56,7 +71,8 @@ def are(indices: Sequence[Any], variables: Sequence[tirx.Var]) -> bool:
 def blocks_of(func: tirx.PrimFunc) -> tuple[list[Block], tirx.PrimFunc]:
     """The blocks in order, and the function they are in: inlining may make it another.
 
-    Raises Declined if it is not a plain sequence of blocks with loops of their own.
+    Raises Declined if it is not a plain sequence of blocks with loops of their own, of which the
+    last alone writes an output.
     """
     sch = s_tir.Schedule(func)
     infos = normalize_prim_func(sch)
@@ -64,7 +80,21 @@ def blocks_of(func: tirx.PrimFunc) -> tuple[list[Block], tirx.PrimFunc]:
         infos = try_inline_contiguous_spatial(sch, infos)
     if not infos:
         raise Declined("it is not a sequence of loop nests, one block in each")
-    return [_block(sch.get(info.block_rv)) for info in infos], sch.mod["main"]
+    func = sch.mod["main"]
+    blocks = [_block(sch.get(info.block_rv)) for info in infos]
+    check_fusable(func, [block.store.buffer for block in blocks[:-1]])
+    return blocks, func
+
+
+def check_fusable(func: tirx.PrimFunc, between: Sequence[tirx.Var]) -> None:
+    """That its blocks may become one loop nest, without these buffers. Raises Declined."""
+    if any(buffer.same_as(param) for buffer in between for param in func.params):
+        raise Declined("it has more than one output")
+    predicates: list[Any] = []
+    visitor = (s_tir.SBlockRealize, lambda realize: predicates.append(realize.predicate))
+    tvm_ffi.structural_walk(func.body, visitor)
+    if any(known(predicate) != 1 for predicate in predicates):
+        raise Declined("a loop nest leaves out elements, by a predicate")
 
 
 def _block(block: s_tir.SBlock) -> Block:

@@ -15,7 +15,9 @@ from tvm import s_tir, tirx
 from tvm.ir import TensorLoad
 from tvm.s_tir.dlight.analysis import normalize_prim_func
 from tvm.s_tir.dlight.base import try_inline_contiguous_spatial
-from tvm.target import Target
+
+from profiles.cpu.blocks import Block, check_fusable
+from profiles.cpu.rule import Declined
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,15 @@ class DotProducts:
 COLUMNS = 8
 
 
-def apply(
-    func: tirx.PrimFunc, target: Target, *, one_row: bool, lanes: int
-) -> s_tir.Schedule | None:
-    """Schedule dot products of one row or of several; None for anything else."""
-    if target.kind.name != "llvm" or not isinstance(func, tirx.PrimFunc):
-        return None
+def apply(func: tirx.PrimFunc, *, one_row: bool, lanes: int) -> s_tir.Schedule | None:
+    """Schedule dot products of one row or of several; None for anything else. Raises Declined."""
     sch = s_tir.Schedule(func)
     dots = _match(sch)
-    if dots is None or dots.is_one_row != one_row:
+    if dots is None:
         return None
+    if dots.is_one_row != one_row:
+        other = "cpu.matmul" if one_row else "cpu.gemv"
+        raise Declined(f"it has {'several rows' if one_row else 'a single row'}: that is {other}'s")
     while dots.length % lanes:
         lanes //= 2
     if lanes == 1:
@@ -66,6 +67,8 @@ def _match(sch: s_tir.Schedule) -> DotProducts | None:
         return None
     if not _is_dot_product(sch.get(product.block_rv)):
         return None
+    between = [sch.get(block.block_rv).body.buffer for block in blocks[:-1]]
+    check_fusable(sch.mod["main"], between)
     is_one_row = all(_is_known(extent) and int(extent) == 1 for extent in rows)
     epilogue = blocks[1].block_rv if len(blocks) == 2 else None
     return DotProducts(product.block_rv, epilogue, is_one_row, int(length))
@@ -82,6 +85,9 @@ def _is_dot_product(block: s_tir.SBlock) -> bool:
         return False
     factors = store.value.b
     if not isinstance(factors, tirx.Mul) or store.buffer.dtype != "float32":
+        return False
+    sum_ = Block(tuple(block.iter_vars), store, block.init)
+    if not sum_.accumulates or sum_.start != 0:
         return False
     left, right = factors.a, factors.b
     if not isinstance(left, TensorLoad) or not isinstance(right, TensorLoad):

@@ -25,7 +25,7 @@ class GEMV(CPURule):
         return panel(target, self.vectors)
 
     def schedule(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule:
-        dots = dot.apply(func, target, one_row=True, lanes=lanes(target))
+        dots = dot.apply(func, one_row=True, lanes=lanes(target))
         if dots is not None:
             return dots
         product = product_of(func)

@@ -26,7 +26,7 @@ class Matmul(CPURule):
         return panel(target, self.vectors)
 
     def schedule(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule:
-        dots = dot.apply(func, target, one_row=False, lanes=lanes(target))
+        dots = dot.apply(func, one_row=False, lanes=lanes(target))
         if dots is not None:
             return dots
         product = product_of(func)

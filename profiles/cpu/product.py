@@ -65,9 +65,9 @@ def _factors(block: Block) -> tuple[TensorLoad, TensorLoad]:
     total = store.value
     if not isinstance(total, tirx.Add) or str(store.buffer.ty.dtype) != "float32":
         raise Declined("it is not a sum in float32")
-    if not isinstance(total.b, tirx.Mul) or not block.stores_at_iters:
+    if not isinstance(total.b, tirx.Mul) or not block.stores_at_iters or not block.accumulates:
         raise Declined("it is not a sum of products")
-    if float(getattr(block.init.value, "value", 1)) != 0:
+    if block.start != 0:
         raise Declined("the sum does not begin at 0")
     factors = [total.b.a, total.b.b]
     if any(not isinstance(f, TensorLoad) or str(f.source.ty.dtype) != "float32" for f in factors):

@@ -10,7 +10,7 @@ from tvm.ir import TensorLoad
 from tvm.script.ir_builder import tirx as I  # noqa: N812
 from tvm.target import Target
 
-from profiles.cpu.blocks import Block, blocks_of, loads_of, rewrite
+from profiles.cpu.blocks import Block, are, blocks_of, loads_of, rewrite
 from profiles.cpu.rows import each_element, each_row
 from profiles.cpu.rule import CPURule, Declined, with_body
 from profiles.cpu.target import lanes
@@ -31,36 +31,53 @@ class Reduction(CPURule):
     def schedule(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule:
         blocks, func = blocks_of(func)
         *reductions, last = blocks
-        if last.kinds.endswith("R"):
+        if "R" in last.kinds:
             reductions.append(last)
         if not reductions:
             raise Declined("it has no reduction")
         for block in reductions:
             _check(block)
-        if set(last.kinds[:-1]) > {"S"} or any(b.extents[-1:] != last.extents[-1:] for b in blocks):
+        if any(b.extents[-1:] != last.extents[-1:] for b in blocks):
             raise Declined("its loop nests do not run over the same rows")
         rows = last.extents[:-1]
         if any([e for e in b.extents[:-1] if e != 1] != rows for b in blocks if b is not last):
             raise Declined("its loop nests do not run over the same rows")
+        for number, block in enumerate(blocks[:-1]):
+            _check_use(block, blocks[number + 1 :])
         nest = _Nest(reductions, last, lanes(target))
         return with_body(func, lambda: each_row(rows, last.extents[-1], nest.row))
 
 
 def _check(block: Block) -> None:
     kinds = block.kinds
+    if "R" not in kinds:
+        raise Declined("a loop nest before the last is no reduction")
     if kinds != "S" * (len(kinds) - 1) + "R":
-        raise Declined("a loop nest before the last is no reduction over the last axis")
-    combiner, start = type(block.store.value), getattr(block.init.value, "value", None)
-    if combiner not in _COMBINERS or not _operands(block):
+        raise Declined("a reduction is not over the last axis alone")
+    combiner, start = type(block.store.value), block.start
+    if combiner not in _COMBINERS or not block.accumulates:
         raise Declined("a reduction is no sum, product, maximum or minimum")
     if start is None or _NEUTRAL.get(combiner, start) != start:
         raise Declined("a reduction does not begin at its neutral element")
 
 
-def _operands(block: Block) -> list[Any]:
-    """What is combined: the operand that is not the result so far."""
-    value, out = block.store.value, block.store.buffer
-    return [operand for operand in (value.a, value.b) if not loads_of(operand, out)]
+def _check_use(block: Block, later: Sequence[Block]) -> None:
+    """That each row of the later ones uses its own result alone."""
+    if not _are_row(block.store.indices, block):
+        raise Declined("a reduction stores its results in another order")
+    loads = [
+        (user, load) for user in later for load in loads_of(user.store.value, block.store.buffer)
+    ]
+    if not all(_are_row(load.indices, user) for user, load in loads):
+        raise Declined("a row uses another row's reduction")
+
+
+def _are_row(indices: Sequence[Any], block: Block) -> bool:
+    """Whether they are the block's row, unit axes left out."""
+    axes = list(zip(block.vars[:-1], block.extents[:-1], strict=True))
+    units = [variable for variable, extent in axes if extent == 1]
+    found = [index for index in indices if not any(index.same_as(unit) for unit in units)]
+    return are(found, [variable for variable, extent in axes if extent != 1])
 
 
 class _Nest:
@@ -87,11 +104,11 @@ class _Nest:
 
     def _reduce(self, block: Block, indices: list[Any], results: Sequence[tuple[Any, Any]]) -> Any:
         combine, start = _COMBINERS[type(block.store.value)], block.init.value
-        [operand] = _operands(block)
+        operand = block.store.value.b
         length, dtype = block.extents[-1], str(block.store.buffer.ty.dtype)
-        # unit axes that the last loop nest has lost
-        while len(indices) < len(block.iters) - 1:
-            indices = [*indices, 0]
+        if len(indices) < len(block.iters) - 1:  # the last loop nest has lost unit axes
+            rest = iter(indices)
+            indices = [0 if extent == 1 else next(rest) for extent in block.extents[:-1]]
 
         def value(at: Any) -> Any:
             return self._value(block, operand, [*indices, at], results)

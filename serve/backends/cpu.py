@@ -31,6 +31,8 @@ def cpu_named(mcpu: str | None = None, features: str | None = None) -> Backend:
     for feature in listed:
         if not re.fullmatch(r"[+-][a-z0-9][a-z0-9._-]*", feature):
             raise BackendError(f"mattr {feature!r}: expected a feature with + or -, as in +avx2")
+        if not _is_known(feature[1:]):
+            raise BackendError(f"mattr {feature!r}: LLVM knows no feature {feature[1:]!r}")
 
     def named() -> Mapping[str, Any]:
         own = target() if mcpu is None else {"kind": "llvm", "mcpu": mcpu}
@@ -38,6 +40,12 @@ def cpu_named(mcpu: str | None = None, features: str | None = None) -> Backend:
         return {**own, **({"mattr": attributes} if attributes else {})}
 
     return replace(CPU, target=named)
+
+
+def _is_known(feature: str) -> bool:
+    """LLVM ignores those it does not know, with a warning."""
+    target = tvm.target.Target({"kind": "llvm", "mattr": [f"+{feature}"]})
+    return bool(codegen.target_has_features([feature], target))
 
 
 def missing_features(built_for: Mapping[str, Any]) -> list[str]:

@@ -41,5 +41,8 @@ def attention_flop(kernel: str, parameters: Sequence[Sequence[Any]]) -> str | No
     if known is None:
         return None
     out, keys = known
-    [(queries, heads, width)] = [shape for name, _, shape in parameters if name == out]
+    shape = next((shape for name, _, shape in parameters if name == out), None)
+    if shape is None or len(shape) != 3:
+        return None
+    queries, heads, width = shape
     return f"{heads}*((4*{width} + 5)*{keys} + {width}*{queries})"

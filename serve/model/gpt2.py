@@ -10,7 +10,7 @@ library asks for it, they are packed in panels (serve/model/layers.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from tvm import relax, tirx
 from tvm.relax.frontend import nn
@@ -24,7 +24,7 @@ from serve.model.kv_pages import KVPages
 from serve.model.layers import Embedding, Linear, matmul, pack
 from serve.model.parameters import parameter_shapes
 
-KVArgument = PagedKVCache | Sequence[Tensor]  # TVM's cache, or the tensors of KVPages
+KVArgument: TypeAlias = PagedKVCache | Sequence[Tensor]  # TVM's cache, or the tensors of KVPages
 
 _ACTIVATIONS = {
     "gelu_new": lambda x: op.gelu(x, approximate="tanh"),

@@ -9,9 +9,9 @@ the library's functions take:
     starts     (tokens,) int32: where its sequence's page numbers begin in `numbers`
     numbers    (entries,) int32: the page numbers of one sequence after the other
 
-A page's keys are stored by width: 16 scores are then a sum of vectors. A step's tokens first go into
-their pages, then each looks at positions 0 to its own, in order, from the pages alone: prefill,
-decode, a packed mixture of both are one kernel, and no part of a result is merged with another.
+A page's keys are stored by width: 16 scores are then a sum of vectors. A step's tokens first go
+into their pages, then each looks at positions 0 to its own, in order, from the pages alone:
+prefill, decode and a packed mixture of both are one kernel, and no partial results are merged.
 
 The kernels here are written as they are meant, in plain loops. `cpu.attention` has fast ones.
 """

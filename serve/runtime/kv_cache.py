@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import tvm
+from numpy.typing import NDArray
 from tvm.runtime import ShapeTuple
 
 from serve.compiler.library import Manifest
-from serve.runtime.pages import Pages
+from serve.runtime.pages import Pages, Tables
+
+_ALIGNMENT = 16  # int32 in the 64 bytes to which TVM's kernels expect tensors to be aligned
 
 
 class KVCache(Protocol):
@@ -51,17 +54,36 @@ class OwnPages(Pages):
         super().__init__(num_pages, page_size)
         self._tensors = list(vm["create_kv_pages"](ShapeTuple([num_pages])))
         self._contents = [np.from_dlpack(tensor) for tensor in self._tensors]  # the same memory
+        self._room = _aligned(1024)  # for the tables of a step
 
     def copy(self, source: int, target: int) -> None:
         for content in self._contents:
             content[:, target] = content[:, source]
 
     def begin(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> Any:
-        tables = self.append(seq_ids, lengths)
-        return [*self._tensors, *(tvm.runtime.tensor(table) for table in tables)]
+        return [*self._tensors, *self._as_tensors(self.append(seq_ids, lengths))]
 
     def end(self) -> None:
         pass
+
+    def _as_tensors(self, tables: Tables) -> list[Any]:
+        """Valid until the next step: views of one memory, which cost less than new tensors."""
+        sizes = [-(-len(table) // _ALIGNMENT) * _ALIGNMENT for table in tables]
+        if sum(sizes) > len(self._room):
+            self._room = _aligned(2 * sum(sizes))
+        tensors, begin = [], 0
+        for table, size in zip(tables, sizes, strict=True):
+            view = self._room[begin : begin + len(table)]
+            view[:] = table
+            tensors.append(tvm.runtime.from_dlpack(view))
+            begin += size
+        return tensors
+
+
+def _aligned(size: int) -> NDArray[np.int32]:
+    """Memory of TVM's, so aligned."""
+    memory: Any = np.from_dlpack(tvm.runtime.empty((size,), "int32"))
+    return cast(NDArray[np.int32], memory)
 
 
 class TVMCache:

@@ -17,14 +17,14 @@ Pack = Callable[[Any], Any]  # a library's function: (out, in) -> [panels, in, p
 class DeviceWeights:
     """Read from `source` one tensor at a time, as runners ask for them, and shared among them.
 
-    A matrix that is packed is kept packed alone: there never are two copies of a model.
+    A matrix that is packed is kept packed alone: a library never has two copies of a model.
     """
 
     def __init__(
         self, source: Mapping[str, NDArray[np.float32]], device: tvm.runtime.Device
     ) -> None:
         self._source, self._device = source, device
-        self._tensors: dict[tuple[str, int | None], Any] = {}  # by name and width of panels
+        self._tensors: dict[tuple[str, tuple[int, ...], int | None], Any] = {}
 
     def get(
         self, name: str, shape: Sequence[int], panel: int | None = None, pack: Pack | None = None
@@ -33,11 +33,12 @@ class DeviceWeights:
 
         Raises WeightsError if the weights have none of that name and shape.
         """
-        if (name, panel) not in self._tensors:
+        key = name, tuple(shape), panel
+        if key not in self._tensors:
             array = self._source.get(name)
             found = "nothing" if array is None else f"shape {list(array.shape)}"
             if array is None or array.shape != tuple(shape):
                 raise WeightsError(name, f"shape {list(shape)}", found, "the loaded weights")
             tensor = tvm.runtime.tensor(array, self._device)
-            self._tensors[name, panel] = tensor if pack is None else pack(tensor)
-        return self._tensors[name, panel]
+            self._tensors[key] = tensor if pack is None else pack(tensor)
+        return self._tensors[key]

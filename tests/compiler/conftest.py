@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from profiles import Profile, load_profile, read_profile
 from serve.backends import get_backend
 from serve.compiler.cache import LibraryCache
 from serve.compiler.compile import Compiled, CompileJob, get_library
+from serve.compiler.coverage import panel_of
 from serve.compiler.pipeline import fuse
 from serve.model.config import GPT2Config
 from serve.model.gpt2 import export
@@ -29,11 +31,13 @@ def toy_job(profile: Profile | str = "full") -> CompileJob:
     return CompileJob(TOY, get_backend("cpu"), profile)
 
 
-def fused_toy(backend: str) -> tuple[tvm.IRModule, tvm.target.Target]:
-    """The toy's kernels before any schedule."""
-    target = tvm.target.Target(get_backend(backend).target())
+def fused_toy(backend: str, profile: str = "baseline") -> tuple[tvm.IRModule, tvm.target.Target]:
+    """The toy's kernels as the profile's rules are offered them."""
+    request = CompileJob(TOY, get_backend(backend), load_profile(profile)).request()
+    rules = load_profile(profile).rules_for(backend, get_backend(backend).family)
+    target = tvm.target.Target(request["target"])
     with target:
-        mod, _ = export(TOY)
+        mod = export(TOY, panel_of(rules, target), request["kv_cache"])[0]
         return fuse(mod), target
 
 
@@ -105,3 +109,18 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plugin:
         return read_profile(profile)
 
     return install
+
+
+# Instruction sets to compile for: this machine's own, AVX2, and the oldest x86-64.
+CPUS = ("here", "haswell", "x86-64")
+
+
+def target_for(cpu: str) -> tvm.target.Target:
+    """Skips the test if this machine cannot run what is compiled for it."""
+    if cpu != "here" and platform.machine() != "x86_64":
+        pytest.skip(f"{cpu} is an x86-64")
+    backend = get_backend("cpu", None if cpu == "here" else cpu)
+    missing = backend.missing_features(backend.target())
+    if missing:
+        pytest.skip(f"this machine lacks features of {cpu}: {', '.join(missing)}")
+    return tvm.target.Target(dict(backend.target()))

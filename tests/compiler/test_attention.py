@@ -1,4 +1,4 @@
-"""cpu.attention against numpy, and against the kernels of TVM that it stands in for."""
+"""cpu.attention against numpy, against the loops it stands in for, and against itself, in bits."""
 
 from __future__ import annotations
 
@@ -12,25 +12,17 @@ import tvm
 from numpy.typing import NDArray
 
 from profiles import RuleUse, known_rules
+from profiles.cpu.attention import Attention
 from serve.backends import get_backend
 from serve.compiler.coverage import schedule
-from serve.compiler.pipeline import fuse
-from serve.model.config import GPT2Config
-from serve.model.gpt2 import PAGE_SIZE, export
+from serve.model.kv_pages import PAGE_SIZE, append_kernel, attend_kernel
 from tests.compiler.conftest import fused_toy
 
 pytestmark = pytest.mark.compiler
 
 Array = NDArray[Any]
-
-DECODE, PAGED, RAGGED = (
-    "batch_decode_paged_kv_cpu",
-    "batch_prefill_paged_kv_cpu",
-    "batch_prefill_ragged_kv",
-)
-KERNELS = (DECODE, PAGED, RAGGED)
-SCALE = 0.3
-NO_SCORE = -5e4  # the logarithm of the sum over no keys, for TVM
+APPEND, ATTEND = "kv_pages_append", "kv_pages_attend"
+LAYERS, LAYER, SCALE = 3, 1, 0.3
 
 
 class Heads(NamedTuple):
@@ -38,46 +30,43 @@ class Heads(NamedTuple):
     width: int
 
 
-class Kernels:
-    """TVM's three kernels, and what the rule makes of them."""
+HEADS = [
+    Heads(4, 16), Heads(12, 64), Heads(3, 12), Heads(1, 4), Heads(5, 80), Heads(3, 48),
+    Heads(2, 32), Heads(2, 128), Heads(1, 256),
+]  # fmt: skip
 
-    def __init__(self, heads: Heads) -> None:
-        config = GPT2Config(
-            vocab_size=64,
-            n_positions=64,
-            n_embd=heads.number * heads.width,
-            n_head=heads.number,
-            n_layer=1,
-            n_inner=16,
-        )
-        target = tvm.target.Target(get_backend("cpu").target())
-        with target:
-            mod = fuse(export(config)[0])
-        theirs = {name: mod[name] for name in KERNELS}
-        mod, coverage = schedule(mod, [RuleUse(known_rules()["cpu.attention"], {})], target)
-        self.heads = heads
-        self.taken = {entry.kernel for entry in coverage if entry.rule == "cpu.attention"}
+
+def module_of(heads: Heads) -> tvm.IRModule:
+    kernels = {APPEND: append_kernel(*heads), ATTEND: attend_kernel(*heads)}
+    return tvm.IRModule(kernels)
+
+
+def scheduled(heads: Heads, target: tvm.target.Target) -> tuple[tvm.IRModule, set[str]]:
+    """The kernels as the rule makes them, and those that it took."""
+    mod, coverage = schedule(
+        module_of(heads), [RuleUse(known_rules()["cpu.attention"], {})], target
+    )
+    return mod, {entry.kernel for entry in coverage if entry.rule == "cpu.attention"}
+
+
+class Kernels:
+    """The model's own loops ("plain"), and what the rule makes of them ("fast")."""
+
+    def __init__(self, heads: Heads, cpu: str | None = None) -> None:
+        other = {"kind": "llvm", "mcpu": cpu}
+        target = tvm.target.Target(get_backend("cpu").target() if cpu is None else other)
+        plain, (fast, taken) = module_of(heads), scheduled(heads, target)
+        assert taken == {APPEND, ATTEND}
         named = {
-            f"{who}_{name}": func.with_attr("global_symbol", f"{who}_{name}")
-            for who, funcs in (("ours", mod), ("theirs", theirs))
-            for name, func in ((name, funcs[name]) for name in KERNELS)
+            f"{who}_{name}": mod[name].with_attr("global_symbol", f"{who}_{name}")
+            for who, mod in (("plain", plain), ("fast", fast))
+            for name in (APPEND, ATTEND)
         }
+        self.heads = heads
         self._library = tvm.compile(tvm.IRModule(named), target=target)
 
-    def __call__(self, who: str, name: str, num_queries: int, *inputs: Any) -> tuple[Array, Array]:
-        """The output and its lse: base-2 logarithms of the sums of weights."""
-        arrays = [value for value in inputs if isinstance(value, np.ndarray)]
-        numbers = [value for value in inputs if not isinstance(value, np.ndarray)]
-        out = tvm.runtime.tensor(np.full((num_queries, *self.heads), np.nan, np.float32))
-        lse = tvm.runtime.tensor(np.full((num_queries, self.heads.number), np.nan, np.float32))
-        tensors = [tvm.runtime.tensor(array) for array in arrays]
-        rope = (1.0, 10000.0)
-        *causal, rotary_mode = numbers
-        self._library[f"{who}_{name}"](*tensors, out, lse, *causal, rotary_mode, *rope, SCALE)
-        return out.numpy(), lse.numpy()
-
-
-HEADS = [Heads(4, 16), Heads(12, 64), Heads(3, 12), Heads(1, 4), Heads(5, 80), Heads(2, 256)]
+    def __call__(self, name: str, *arguments: Any) -> None:
+        self._library[name](*arguments)
 
 
 @cache
@@ -90,169 +79,142 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     return kernels_of(request.param)
 
 
+class Memory:
+    """Sequences of random rows of q, k and v, in pages in disorder."""
+
+    def __init__(self, kernels: Kernels, lengths: Sequence[int], who: str = "fast") -> None:
+        heads, self._kernels, self._who = kernels.heads, kernels, who
+        counts = [-(-length // PAGE_SIZE) for length in lengths]
+        order = np.random.default_rng(7).permutation(sum(counts) + 3).astype(np.int32)
+        self._numbers = [order[sum(counts[:i]) :][:n] for i, n in enumerate(counts)]
+        self.qkv = [random(n, 3 * heads.number, heads.width, seed=i) for i, n in enumerate(lengths)]
+        # What is in a page behind the last position must not matter.
+        shape = (LAYERS, len(order), heads.number)
+        nothing = np.full((*shape, PAGE_SIZE * heads.width), np.nan, np.float32)
+        self.keys = tvm.runtime.tensor(nothing.reshape(*shape, heads.width, PAGE_SIZE))
+        self.values = tvm.runtime.tensor(nothing.reshape(*shape, PAGE_SIZE, heads.width))
+
+    def step(self, *chunks: tuple[int, int, int]) -> list[Array]:
+        """Append and attend rows of sequences, (sequence, begin, end): each chunk's output."""
+        rows = [end - begin for _, begin, end in chunks]
+        qkv = np.concatenate([self.qkv[i][begin:end] for i, begin, end in chunks])
+        numbers = [self._numbers[i] for i, _, _ in chunks]
+        offsets = np.cumsum([0, *map(len, numbers)])[:-1]
+        positions = np.concatenate([np.arange(begin, end) for _, begin, end in chunks])
+        tables = (positions, np.repeat(offsets, rows), np.concatenate(numbers))
+        arguments = [
+            tvm.runtime.tensor(qkv), self.keys, self.values,
+            *(tvm.runtime.tensor(table.astype(np.int32)) for table in tables), LAYER,
+        ]  # fmt: skip
+        out = tvm.runtime.tensor(np.full((len(qkv), *self._kernels.heads), np.nan, np.float32))
+        self._kernels(f"{self._who}_{APPEND}", *arguments)
+        self._kernels(f"{self._who}_{ATTEND}", *arguments, SCALE, out)
+        return np.split(out.numpy(), np.cumsum(rows)[:-1])
+
+    def whole(self) -> list[Array]:
+        """Every sequence at once."""
+        return self.step(*((i, 0, len(qkv)) for i, qkv in enumerate(self.qkv)))
+
+
 def random(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def int32(*values: int) -> Array:
-    return np.array(values, np.int32)
+def attend(qkv: Array, number: int) -> Array:
+    """Causal attention in float64."""
+    queries, keys, values = np.split(qkv.astype(np.float64), [number, 2 * number], axis=1)
+    scores = np.einsum("qhd,khd->hqk", queries, keys) * SCALE
+    scores[:, np.triu(np.ones(scores.shape[1:], bool), 1)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    out: Array = np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), values)
+    return out
 
 
-def starts(lengths: Sequence[int]) -> Array:
-    return np.cumsum([0, *lengths], dtype=np.int32)
+LENGTHS = (1, 15, 16, 17, 7, 40, 64, 65, 150)
 
 
-class Pages:
-    """Keys and values of these lengths, over pages in disorder."""
-
-    def __init__(self, heads: Heads, lengths: Sequence[int]) -> None:
-        self.keys = [random(n, *heads, seed=10 + i) for i, n in enumerate(lengths)]
-        self.values = [random(n, *heads, seed=90 + i) for i, n in enumerate(lengths)]
-        counts = [-(-length // PAGE_SIZE) for length in lengths]
-        self.indptr = starts(counts)
-        order = np.random.default_rng(7).permutation(sum(counts) + 3)
-        self.numbers = order[: sum(counts)].astype(np.int32)
-        last = [n - max(0, count - 1) * PAGE_SIZE for n, count in zip(lengths, counts, strict=True)]
-        self.last = int32(*last)
-        # What is in a page behind the last position must not matter.
-        shape = (len(order), 2, heads.number, PAGE_SIZE, heads.width)
-        self.pages = np.full(shape, np.nan, np.float32)
-        for index, pair in enumerate(zip(self.keys, self.values, strict=True)):
-            for position in range(lengths[index]):
-                page = self.numbers[self.indptr[index] + position // PAGE_SIZE]
-                for which, array in enumerate(pair):
-                    self.pages[page, which, :, position % PAGE_SIZE] = array[position]
-
-    def tensors(self) -> tuple[Array, ...]:
-        return self.pages, self.indptr, self.numbers, self.last
+@pytest.mark.parametrize("who", ["plain", "fast"])
+def test_against_numpy(kernels: Kernels, who: str) -> None:
+    """A packed prefill of lengths around the edges of pages, tiles and groups."""
+    memory = Memory(kernels, LENGTHS, who)
+    for qkv, out in zip(memory.qkv, memory.whole(), strict=True):
+        np.testing.assert_allclose(out, attend(qkv, kernels.heads.number), atol=2e-5, rtol=0)
 
 
-def attend(queries: Array, keys: Array, values: Array, is_causal: bool) -> tuple[Array, Array]:
-    """The output and its lse, in float64."""
-    num_queries, num_keys = len(queries), len(keys)
-    scores = np.einsum("qhd,khd->qhk", queries.astype(np.float64), keys) * SCALE
-    if is_causal:
-        last = num_keys - num_queries + np.arange(num_queries)
-        scores[np.broadcast_to(np.arange(num_keys) > last[:, None, None], scores.shape)] = -np.inf
-    weights = np.exp(scores)
-    sums = weights.sum(-1)
-    with np.errstate(divide="ignore"):
-        lse = np.where(sums > 0, np.log2(sums), NO_SCORE)
-    return np.einsum("qhk,khd->qhd", weights, values) / np.maximum(sums, 1e-300)[..., None], lse
+def test_append_writes_what_the_loops_write(kernels: Kernels) -> None:
+    fast, plain = (Memory(kernels, LENGTHS, who) for who in ("fast", "plain"))
+    for memory in (fast, plain):
+        memory.whole()
+    for ours, theirs in ((fast.keys, plain.keys), (fast.values, plain.values)):
+        assert ours.numpy().tobytes() == theirs.numpy().tobytes()
+        assert np.isnan(ours.numpy()[[0, 2]]).all()  # the other layers
 
 
-def check(
-    kernels: Kernels, name: str, expected: Sequence[tuple[Array, Array]], *inputs: Any
-) -> None:
-    """Ours is as numpy says, and theirs is too."""
-    out, lse = (np.concatenate(arrays) for arrays in zip(*expected, strict=True))
-    for who in ("theirs", "ours"):
-        found_out, found_lse = kernels(who, name, len(out), *inputs)
-        np.testing.assert_allclose(found_out, out, atol=2e-5, rtol=0, err_msg=who)
-        np.testing.assert_allclose(found_lse, lse, atol=2e-5, rtol=0, err_msg=who)
+def bits(outputs: Sequence[Array]) -> list[bytes]:
+    return [out.tobytes() for out in outputs]
 
 
-LENGTHS = (1, 15, 16, 17, 0, 40, 64)
-
-
-def test_decode(kernels: Kernels) -> None:
-    pages = Pages(kernels.heads, LENGTHS)
-    queries = random(len(LENGTHS), *kernels.heads)
-    expected = [
-        attend(queries[i : i + 1], pages.keys[i], pages.values[i], False)
-        for i in range(len(LENGTHS))
-    ]
-    positions = int32(*LENGTHS)
-    check(kernels, DECODE, expected, queries, *pages.tensors(), 0 * positions, positions, 0)
-
-
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_prefill_over_pages(kernels: Kernels, is_causal: bool) -> None:
-    """A chunk's queries against all before it (not causal), or with its own keys (causal)."""
-    num_keys, num_queries = [20, 3, 16, 33], [1, 3, 5, 33]
-    if not is_causal:
-        num_keys, num_queries = [*num_keys, 0], [*num_queries, 2]
-    pages = Pages(kernels.heads, num_keys)
-    queries = [random(n, *kernels.heads, seed=n) for n in num_queries]
-    expected = [
-        attend(q, k, v, is_causal)
-        for q, k, v in zip(queries, pages.keys, pages.values, strict=True)
-    ]
-    positions = np.zeros(sum(num_queries), np.int32)
-    check(
-        kernels, PAGED, expected, np.concatenate(queries), starts(num_queries),
-        *pages.tensors(), int32(*(0 for _ in num_keys)), positions, int(is_causal), 0,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_prefill_of_what_is_not_in_the_cache_yet(kernels: Kernels, is_causal: bool) -> None:
-    lengths = (1, 7, 16, 33)
-    queries, keys, values = (
-        [random(n, *kernels.heads, seed=100 * which + n) for n in lengths] for which in range(3)
-    )
-    expected = [attend(*chunk, is_causal) for chunk in zip(queries, keys, values, strict=True)]
-    positions = np.zeros(sum(lengths), np.int32)
-    packed_q, packed_k, packed_v = (np.concatenate(arrays) for arrays in (queries, keys, values))
-    check(
-        kernels, RAGGED, expected, packed_q, starts(lengths), packed_k, packed_v,
-        starts(lengths), positions, int32(*(0 for _ in lengths)), int(is_causal), 0,
-    )  # fmt: skip
-
-
-def test_it_takes_these_three_and_no_other(kernels: Kernels) -> None:
-    assert kernels.taken == set(KERNELS)
-
-
-def decode(kernels: Kernels, queries: Array, pages: Pages, which: Sequence[int]) -> bytes:
-    """The bits of these sequences' outputs."""
-    numbers = [pages.numbers[pages.indptr[i] : pages.indptr[i + 1]] for i in which]
-    zeros = int32(*(0 for _ in which))
-    out, lse = kernels(
-        "ours", DECODE, len(which), queries[list(which)], pages.pages,
-        starts([len(each) for each in numbers]), np.concatenate(numbers), pages.last[list(which)],
-        zeros, zeros, 0,
-    )  # fmt: skip
-    return b"".join(out[i].tobytes() + lse[i].tobytes() for i in range(len(which)))
-
-
-def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(kernels: Kernels) -> None:
+def test_the_bits_are_the_same_alone_and_in_any_batch(kernels: Kernels) -> None:
+    together = bits(Memory(kernels, LENGTHS).whole())
+    memory = Memory(kernels, LENGTHS)
+    alone = [memory.step((i, 0, length))[0] for i, length in enumerate(LENGTHS)]
+    assert bits(alone) == together
     configure = tvm.get_global_func("runtime.config_threadpool")
-    pages = Pages(kernels.heads, LENGTHS)
-    queries = random(len(LENGTHS), *kernels.heads)
-    everyone = range(len(LENGTHS))
-    together = decode(kernels, queries, pages, everyone)
-    assert b"".join(decode(kernels, queries, pages, [i]) for i in everyone) == together
-    for num_threads in (1, 2, 2):
+    for num_threads in (1, 3, 2):
         configure(1, num_threads)
-        assert decode(kernels, queries, pages, everyone) == together
+        assert bits(memory.whole()) == together
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_bits_are_the_same_in_any_chunks(kernels: Kernels, seed: int) -> None:
+    """Each step takes a random chunk of some of the sequences; with seed 0, of one token each."""
+    chance = np.random.default_rng(seed)
+    memory, done = Memory(kernels, LENGTHS), [0] * len(LENGTHS)
+    found: list[list[Array]] = [[] for _ in LENGTHS]
+    while left := [i for i, length in enumerate(LENGTHS) if done[i] < length]:
+        chosen = chance.permutation(left)[: chance.integers(1, len(left) + 1)]
+        sizes = chance.integers(1, 40, len(chosen)) if seed else [1] * len(chosen)
+        ends = [min(LENGTHS[i], done[i] + int(n)) for i, n in zip(chosen, sizes, strict=True)]
+        chunks = [(int(i), done[i], end) for i, end in zip(chosen, ends, strict=True)]
+        for (i, _, end), out in zip(chunks, memory.step(*chunks), strict=True):
+            found[i].append(out)
+            done[i] = end
+    assert bits([np.concatenate(each) for each in found]) == bits(Memory(kernels, LENGTHS).whole())
 
 
 def test_large_scores_do_not_overflow() -> None:
     """exp(300) is no float32."""
     kernels = kernels_of(HEADS[0])
-    pages = Pages(kernels.heads, (20,))
-    queries = pages.keys[0][7:8] * 1000 / SCALE
-    out, lse = kernels("ours", DECODE, 1, queries, *pages.tensors(), int32(0), int32(0), 0)
-    assert np.isfinite(lse).all()
-    assert np.abs(out).max() <= np.abs(pages.values[0]).max() * 1.001
-    scores = np.einsum("hd,khd->hk", queries[0].astype(np.float64), pages.keys[0]) * SCALE
-    best = pages.values[0][scores.argmax(-1), np.arange(kernels.heads.number)]
-    np.testing.assert_allclose(out[0], best, atol=1e-5)
+    memory = Memory(kernels, (20,))
+    memory.qkv[0] *= 40
+    assert np.abs(memory.qkv[0][:, :8]).max() ** 2 * SCALE > 300
+    [out] = memory.whole()
+    np.testing.assert_allclose(out, attend(memory.qkv[0], kernels.heads.number), atol=1e-3)
 
 
-def test_rotary_embeddings_are_refused() -> None:
-    kernels = kernels_of(HEADS[0])
-    pages = Pages(kernels.heads, (5,))
-    with pytest.raises(Exception, match=r"cpu\.attention has no rotary embedding"):
-        kernels(
-            "ours", DECODE, 1, random(1, *kernels.heads), *pages.tensors(), int32(0), int32(0), 1
-        )
+@pytest.mark.parametrize(
+    ("cpu", "feature"), [("x86-64", "sse2"), ("haswell", "avx2"), ("skylake-avx512", "avx512f")]
+)
+@pytest.mark.parametrize("heads", [Heads(3, 12), Heads(2, 64)], ids=str)
+def test_other_processors(cpu: str, feature: str, heads: Heads) -> None:
+    """Registers of 4, 8 and 16 lanes, 16 or 32 of them."""
+    host = tvm.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")() or {}
+    if not host.get(feature):
+        pytest.skip(f"this processor has no {feature}")
+    memory = Memory(Kernels(heads, cpu), LENGTHS)
+    whole = memory.whole()
+    for qkv, out in zip(memory.qkv, whole, strict=True):
+        np.testing.assert_allclose(out, attend(qkv, heads.number), atol=2e-5, rtol=0)
+    last = [memory.step((i, length - 1, length))[0] for i, length in enumerate(LENGTHS)]
+    assert bits(last) == bits([out[-1:] for out in whole])
 
 
 @pytest.mark.parametrize("heads", [Heads(2, 2), Heads(2, 6), Heads(1, 9)], ids=str)
-def test_heads_it_cannot_do_are_left_to_tvm(heads: Heads) -> None:
-    assert kernels_of(heads).taken == set()
+def test_heads_it_cannot_do_are_left_as_they_are(heads: Heads) -> None:
+    target = tvm.target.Target(get_backend("cpu").target())
+    assert scheduled(heads, target)[1] == set()
+    reason = Attention().why_not(attend_kernel(*heads), target)
+    assert reason == f"no power of two from 4 on divides its head width, {heads.width}"
 
 
 def test_not_on_a_gpu() -> None:

@@ -13,7 +13,7 @@ import pytest
 import tvm
 from tvm import relax
 
-from profiles import ProfileError, load_profile, read_profile
+from profiles import ProfileError, list_profiles, load_profile, read_profile
 from serve.backends import Backend, get_backend
 from serve.compiler import compile as compile_
 from serve.compiler.cache import LibraryCache
@@ -47,7 +47,7 @@ def test_the_manifest_says_what_was_asked_for(compiled: tuple[Compiled, list[str
     manifest, request = compiled[0].library.manifest, toy_job().request()
     for key in (
         "key", "model_config", "backend", "target", "dtype", "profile", "profile_digest",
-        "pipeline_version", "tvm_version",
+        "kv_cache", "pipeline_version", "tvm_version",
     ):  # fmt: skip
         assert getattr(manifest, key) == request[key], key
     assert list(manifest.rules) == request["rules"]
@@ -111,6 +111,16 @@ def test_a_key_is_of_all_that_decides_the_content(
     monkeypatch.setattr(tvm, "__version__", "0.99")
     keys += [key(toy_job())]
     assert len(set(keys)) == len(keys)
+
+
+def test_the_kv_cache_follows_from_the_rules() -> None:
+    """Pages of our own with cpu.attention, TVM's cache with any other rules."""
+    for name in list_profiles():
+        request = toy_job(name).request()
+        has_attention = "cpu.attention" in [rule["id"] for rule in request["rules"]]
+        assert request["kv_cache"] == ("pages" if has_attention else "tvm"), name
+    on_a_gpu = CompileJob(TOY, get_backend("cuda"), load_profile("full"))
+    assert on_a_gpu.request()["kv_cache"] == "tvm"
 
 
 def test_a_key_is_of_nothing_else(tmp_path: Path) -> None:

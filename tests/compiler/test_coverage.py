@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import pytest
@@ -20,14 +21,20 @@ pytestmark = pytest.mark.compiler
 Fused = tuple[tvm.IRModule, tvm.target.Target]
 
 PROFILES = sorted(list_profiles())
-FUNCTIONS = {"batch_prefill", "decode", "batch_decode", "batch_verify", "create_paged_kv_cache"}
+FUNCTIONS = {"batch_prefill", "decode", "batch_decode", "batch_verify"}
 # A block's four products and the head.
 NUM_PRODUCTS = 5
 
 
+@cache
+def cpu_module_of(profile: str) -> Fused:
+    """The toy as the profile has it: its weights' layout and its KV cache follow from the rules."""
+    return fused_toy("cpu", profile)
+
+
 @pytest.fixture(scope="module")
 def cpu_module() -> Fused:
-    return fused_toy("cpu")
+    return cpu_module_of("baseline")
 
 
 @pytest.fixture(scope="module")
@@ -57,41 +64,40 @@ def from_manifest(entry: Mapping[str, Any]) -> KernelCoverage:
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_every_profile_compiles_for_the_cpu(
-    name: str,
-    cache: LibraryCache,
-    cpu_module: Fused,
-) -> None:
+def test_every_profile_compiles_for_the_cpu(name: str, cache: LibraryCache) -> None:
     manifest = get_library(toy_job(name), cache).library.manifest
     coverage = [from_manifest(entry) for entry in manifest.coverage]
 
     kernels = [entry.kernel for entry in coverage]
     assert kernels == sorted(kernels)
     assert len(set(kernels)) == len(kernels)
-    assert set(kernels) == kernels_of(cpu_module[0])
-    assert {caller for entry in coverage for caller in entry.called_by} == FUNCTIONS
+    mod, target = cpu_module_of(name)  # what the child did is what the rules do here
+    assert set(kernels) == kernels_of(mod)
+    own = {"create_paged_kv_cache"} if manifest.kv_cache == "tvm" else set()
+    own |= {"pack"} if manifest.packed else set()
+    assert {caller for entry in coverage for caller in entry.called_by} == FUNCTIONS | own
     assert all(entry.called_by for entry in coverage)
     assert all(entry.rule is None for entry in coverage if entry.as_written)
     known = [rule["id"] for rule in manifest.rules]
     assert {entry.rule for entry in coverage} <= {None, *known}
 
-    mod, target = cpu_module  # what the child did is what the rules do here
     rules = load_profile(name).rules_for("cpu", "cpu")
     assert schedule(copy(mod), rules, target)[1] == coverage
 
 
-def cpu_rules(name: str, mod: tvm.IRModule, target: tvm.target.Target) -> list[KernelCoverage]:
+def cpu_rules(name: str) -> list[KernelCoverage]:
+    mod, target = cpu_module_of(name)
     return schedule(copy(mod), load_profile(name).rules_for("cpu", "cpu"), target)[1]
 
 
 @pytest.mark.parametrize("name", ["baseline", "stock"])
-def test_cpu_profiles_without_rules_take_nothing(name: str, cpu_module: Fused) -> None:
-    assert set(rules_of(cpu_rules(name, *cpu_module)).values()) == {None}
+def test_cpu_profiles_without_rules_take_nothing(name: str) -> None:
+    assert set(rules_of(cpu_rules(name)).values()) == {None}
 
 
-def test_every_product_on_the_cpu_has_its_rule(cpu_module: Fused) -> None:
+def test_every_product_on_the_cpu_has_its_rule() -> None:
     """One row's is cpu.gemv's: those of decode, and no other."""
-    coverage = {name: cpu_rules(name, *cpu_module) for name in ("matmul", "gemv", "full")}
+    coverage = {name: cpu_rules(name) for name in ("matmul", "gemv", "full")}
     products = {kernel for kernel in rules_of(coverage["full"]) if is_product(kernel)}
     of_decode = {kernel for kernel in rules_of(coverage["full"], "decode") if is_product(kernel)}
     assert (len(products), len(of_decode)) == (3 * NUM_PRODUCTS, NUM_PRODUCTS)
@@ -105,24 +111,27 @@ def test_every_product_on_the_cpu_has_its_rule(cpu_module: Fused) -> None:
         assert by(profile, "cpu.matmul") == products - of_decode
 
 
-def test_cpu_reduction_takes_the_layer_norms(cpu_module: Fused) -> None:
-    rules = rules_of(cpu_rules("reduction", *cpu_module))
+def test_cpu_reduction_takes_the_layer_norms() -> None:
+    rules = rules_of(cpu_rules("reduction"))
     norms = {kernel: rule for kernel, rule in rules.items() if kernel.startswith("layer_norm")}
     assert len(norms) == 3  # decode's, batch_decode's, and prefill's and verify's
     assert set(norms.values()) == {"dl.cpu.Reduction"}
 
 
 @pytest.mark.parametrize("name", ["reduction", "full"])
-def test_cpu_attention_takes_tvms_attention(name: str, cpu_module: Fused) -> None:
-    """Even the kernel that TVM marks as scheduled."""
-    coverage = cpu_rules(name, *cpu_module)
+def test_cpu_attention_takes_our_pages(name: str) -> None:
+    """Though the model marks the kernels as scheduled; and none of TVM's are there."""
+    coverage = cpu_rules(name)
     taken = {entry.kernel for entry in coverage if entry.rule == "cpu.attention"}
-    assert taken == {
-        "batch_decode_paged_kv_cpu",
-        "batch_prefill_paged_kv_cpu",
-        "batch_prefill_ragged_kv",
-    }
-    assert not any(entry.as_written for entry in coverage if entry.rule is not None)
+    assert taken == {"kv_pages_append", "kv_pages_attend"}
+    assert not any(entry.as_written for entry in coverage)
+
+
+@pytest.mark.parametrize("name", ["baseline", "stock", "matmul", "gemv"])
+def test_other_profiles_keep_tvms_attention(name: str) -> None:
+    kernels = kernels_of(cpu_module_of(name)[0])
+    assert "batch_prefill_paged_kv_cpu" in kernels
+    assert "kv_pages_attend" not in kernels
 
 
 def gpu_rules(name: str, mod: tvm.IRModule, target: tvm.target.Target) -> list[KernelCoverage]:
@@ -209,16 +218,18 @@ def test_a_rule_that_fails_is_named_with_the_kernel(
 
     monkeypatch.setattr("profiles.rules.Rule.build", lambda *_: Failing())
     with pytest.raises(CompileError, match=r"^rule cpu\.gemv failed on kernel \w+: no such loop"):
-        cpu_rules("gemv", mod, target)
+        schedule(copy(mod), load_profile("gemv").rules_for("cpu", "cpu"), target)
 
 
 def test_a_rule_that_cannot_be_made_is_named(
     cpu_module: Fused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    mod, target = cpu_module
+
     def broken(*_: Any) -> Any:
         raise ImportError("no module named that")
 
     monkeypatch.setattr("profiles.rules.Rule.build", broken)
     problem = r"^rule cpu\.gemv \(profiles\.cpu\.gemv:GEMV\) is broken: no module named that"
     with pytest.raises(CompileError, match=problem):
-        cpu_rules("gemv", *cpu_module)
+        schedule(copy(mod), load_profile("gemv").rules_for("cpu", "cpu"), target)

@@ -85,6 +85,9 @@ def test_bench(command: Command, tmp_path: Path) -> None:
         (["bench", "--batch", "0"], ["--batch", "at least 1"]),
         (["bench", "--json", "/dev/null/x.json"], ["--json", "/dev/null/x.json", "writable"]),
         (["bench", "--prompt-tokens", "1000", "--decode-tokens", "25"], ["1024"]),
+        (["trace", "--decode-tokens", "0"], ["--decode-tokens", "at least 1"]),
+        (["trace", "--json", "/dev/null/x.json"], ["--json", "/dev/null/x.json", "writable"]),
+        (["trace", "--profile", "fastest"], ["fastest", "no such profile", *SHIPPED]),
     ],
 )
 def test_errors(command: Command, arguments: list[str], told: list[str]) -> None:

@@ -36,9 +36,15 @@ def test_gpt2(make_runner: MakeRunner) -> None:
     ours = runner.prefill([Chunk(0, prompt[:33])])
     assert_close(ours[0], theirs[32])
     ours = runner.prefill([Chunk(0, prompt[33:])])
+    rows = []
     for step, token in enumerate(tokens):
+        rows.append(ours)
         assert_close(ours[0], theirs[len(prompt) + step - 1])
         ours = runner.decode([0], [token])
+    runner.add(1)  # the same bits as computed at once
+    whole = runner.verify([Chunk(1, prompt + tokens)])
+    assert np.concatenate([*rows, ours]).tobytes() == whole[len(prompt) - 1 :].tobytes()
+    runner.release(1)
     runner.fork(0, 1, 50)
     ours = runner.decode([0, 1], [tokens[-1], (prompt + tokens)[50]])
     assert_close(ours[1], theirs[50])

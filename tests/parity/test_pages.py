@@ -1,4 +1,4 @@
-"""The engine's page accounting against TVM's own, after every one of many random operations."""
+"""The engine's page accounting against the runner's, after every one of many random operations."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ import pytest
 from serve.engine import Chunk
 from serve.engine.kv_budget import KVBudget
 from serve.runtime.runner import TVMRunner
+from tests.parity.conftest import Judged, MakeRunner
 
 pytestmark = pytest.mark.parity
 
 
+@pytest.fixture(scope="module", params=["baseline", "full"])
+def paged(request: pytest.FixtureRequest, toy: Judged, make_runner: MakeRunner) -> TVMRunner:
+    """Over TVM's KV cache, and over pages of our own."""
+    return make_runner(toy.source, request.param, max_batch=8, max_step_tokens=384, kv_tokens=2048)
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_the_budget_is_tvms(seed: int, runner: TVMRunner) -> None:
+def test_the_budget_is_the_runners(seed: int, paged: TVMRunner) -> None:
+    runner = paged
     random = np.random.default_rng(seed)
     limits = runner.limits
     budget = KVBudget(limits.num_pages, limits.page_size)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve import bench
+from bench.docs import LADDER, TABLES, filled, ladder, results
 from serve.api.app import ServedModels, create_app
 from serve.api.schemas import CompletionRequest
 from serve.config import Settings, load_settings
@@ -242,7 +242,17 @@ def test_no_paths_of_one_machine_and_no_addresses_of_registries(name: str) -> No
     assert re.findall(r"/(?:work|root|Users)/|pythonhosted|pypi\.org", read(name)) == []
 
 
-def test_the_table_of_profiles_is_the_measured_one() -> None:
-    report = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text(encoding="utf-8"))
-    table = "\n".join(bench.table(report["results"]))
-    assert f"```\n{table}\n```" in (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_of_results_is_the_measured_one(name: str) -> None:
+    """`python -m bench.docs` makes them."""
+    file, table = TABLES[name]
+    assert read(name) == filled(read(name), file, table(results(file)))
+
+
+def test_the_ladder_is_the_measured_one() -> None:
+    assert LADDER.read_text(encoding="utf-8") == ladder(results("cpu.json")["results"])
+
+
+def test_a_document_without_marks_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"cpu\.json"):
+        filled("# Title\n", "cpu.json", "table")
