@@ -88,6 +88,9 @@ _VECTORS = Parameter(
     "registers in a row of the tile, and the width of packed weights; 0: as suits the target",
 )
 _ROWS = Parameter("rows", 6, (1, 2, 4, 6, 8, 12, 14), "rows of the register tile")
+_TASK_ROWS = Parameter(
+    "task_rows", 96, (24, 48, 96, 192, 384), "rows of a thread's task, for each panel of the matrix"
+)
 _LOW_BATCH = Parameter("bucket", 4, (2, 4, 8, 16), "the batch size that the kernel is padded to")
 RULES: dict[str, Rule] = {
     rule.id: rule
@@ -97,13 +100,17 @@ RULES: dict[str, Rule] = {
             "cpu",
             "profiles.cpu.matmul:Matmul",
             "several rows times a matrix",
-            (_ROWS, _VECTORS),
+            (_ROWS, _VECTORS, _TASK_ROWS),
         ),
         Rule(
             "cpu.attention",
             "cpu",
             "profiles.cpu.attention:Attention",
             "attention over KV pages of our own",
+            (
+                Parameter("rows", 8, (1, 2, 4, 8), "queries in a tile, at most"),
+                Parameter("group", 64, (16, 32, 64, 128), "keys in a step of the online softmax"),
+            ),
             kv_pages=True,
         ),
         Rule("cpu.gemv", "cpu", "profiles.cpu.gemv:GEMV", "one row times a matrix", (_VECTORS,)),

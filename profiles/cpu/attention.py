@@ -4,8 +4,8 @@ Kernels of the same signature in place of the model's plain loops: threads over 
 rows, vectors over the keys of a page and over the width of its values.
 
 A row's arithmetic is the same wherever it is computed. It takes in its keys, from position 0 on, in
-groups of 64, one step of the online softmax (in base 2) for each group: scores are sums over the
-width in order, and a row's weighted values are summed key by key. Rows of one sequence are computed
+groups, one step of the online softmax (in base 2) for each group: scores are sums over the width
+in order, and a row's weighted values are summed key by key. Rows of one sequence are computed
 together, where there are enough, so that they share the loads of keys and values; a row then meets
 keys that the causal mask hides from it, whose weight is 0.
 """
@@ -16,8 +16,6 @@ keys that the causal mask hides from it, whose weight is 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 from tvm import s_tir, tirx
 from tvm.script import tirx as T  # noqa: N812
@@ -27,28 +25,38 @@ from profiles.cpu.rule import CPURule, Declined
 from profiles.cpu.target import lanes, registers
 from profiles.cpu.vector_math import exp2
 
+APPEND, ATTEND = "kv_pages_append", "kv_pages_attend"
 PAGE = 16  # keys in a page
-GROUP = 64  # keys in a step of the online softmax
-MAX_ROWS = 8  # in a tile: more would leave more rows at a sequence's end to be computed singly
+FEW_ROWS = 8  # tokens that are appended without threads
 LOG2_E = math.log2(math.e)
 
 
 class Attention(CPURule):
     """Takes the two kernels of our KV pages, told by name and shapes.
 
-    Declines head widths that no power of two from 4 on divides.
+    rows: in a tile, at most: more would leave more at a sequence's end to be computed singly.
+    group: keys in a step of the online softmax. Declines head widths that no power of two from 4 on
+    divides.
     """
+
+    def __init__(self, rows: int = 8, group: int = 64) -> None:
+        self.rows, self.group = rows, group
 
     takes_scheduled = True  # the model marks them, so that no other rule tries its luck
 
     def schedule(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule:
         name = str(func.attrs.get("global_symbol", "")) if func.attrs else ""
-        if name not in KERNELS:
+        if name not in (APPEND, ATTEND):
             raise Declined("it is not attention over KV pages")
         heads, width = _heads(func)
         if math.gcd(width, PAGE) < 4:
             raise Declined(f"no power of two from 4 on divides its head width, {width}")
-        return s_tir.Schedule(KERNELS[name](heads, width, target).with_attr("global_symbol", name))
+        if name == ATTEND:
+            room = registers(target) * lanes(target) // (2 * PAGE)
+            kernel = _attend(heads, width, min(self.rows, room), self.group, target)
+        else:
+            kernel = _append(heads, width)
+        return s_tir.Schedule(kernel.with_attr("global_symbol", name))
 
 
 def _heads(func: tirx.PrimFunc) -> tuple[int, int]:
@@ -141,7 +149,7 @@ def _weigh(rows, num_keys, number, value, weights, weighted, at, ratio, chunk, c
 
 
 @T.macro
-def _tile(rows, position, query, number, key, value, out, first, head, width, chunk, chunks):
+def _tile(rows, GROUP, position, query, number, key, value, out, first, head, width, chunk, chunks):
     """So many rows of one sequence, from `position` on, to out[first …, head]."""
     queries = T.alloc_buffer((width, rows), "float32", scope="local")
     weights = T.alloc_buffer((rows, GROUP), "float32", scope="local")  # scores at first
@@ -194,9 +202,23 @@ def _tile(rows, position, query, number, key, value, out, first, head, width, ch
                 out[first + r, head, c * chunk + x] = weighted[r, c * chunk + x] / totals[r, 0]
 
 
-def _append(H: int, D: int, _target: Target) -> tirx.PrimFunc:
-    """Threads over heads; token by token, so that a page stays in cache until it is filled."""
-    CHUNK = math.gcd(D, PAGE)
+@T.macro
+def _append_head(M, H, D, qkv, keys, values, positions, starts, numbers, layer, head):
+    """One head of every token, token by token: a page stays in cache until it is filled."""
+    for row in T.serial(M):
+        page: T.let[T.int32] = numbers[starts[row] + positions[row] // PAGE]
+        slot: T.let[T.int32] = positions[row] % PAGE
+        for d in T.serial(D):
+            keys[layer, page, head, d, slot] = qkv[row, H + head, d]
+        for c in T.serial(D // math.gcd(D, PAGE)):
+            for x in T.vectorized(math.gcd(D, PAGE)):
+                values[layer, page, head, slot, c * math.gcd(D, PAGE) + x] = qkv[
+                    row, 2 * H + head, c * math.gcd(D, PAGE) + x
+                ]
+
+
+def _append(H: int, D: int) -> tirx.PrimFunc:
+    """Threads over heads, unless starting them takes longer than the few tokens do."""
 
     @T.prim_func(s_tir=True)
     def append(
@@ -216,25 +238,19 @@ def _append(H: int, D: int, _target: Target) -> tirx.PrimFunc:
         positions = T.match_buffer(positions_, (M,), "int32")
         starts = T.match_buffer(starts_, (M,), "int32")
         numbers = T.match_buffer(numbers_, (N,), "int32")
-        for head in T.parallel(H):
-            for row in T.serial(M):
-                page: T.let[T.int32] = numbers[starts[row] + positions[row] // PAGE]
-                slot: T.let[T.int32] = positions[row] % PAGE
-                for d in T.serial(D):
-                    keys[layer, page, head, d, slot] = qkv[row, H + head, d]
-                for c in T.serial(D // CHUNK):
-                    for x in T.vectorized(CHUNK):
-                        values[layer, page, head, slot, c * CHUNK + x] = qkv[
-                            row, 2 * H + head, c * CHUNK + x
-                        ]
+        if M < FEW_ROWS:
+            for head in T.serial(H):
+                _append_head(M, H, D, qkv, keys, values, positions, starts, numbers, layer, head)
+        else:
+            for head in T.parallel(H):
+                _append_head(M, H, D, qkv, keys, values, positions, starts, numbers, layer, head)
 
     return append
 
 
-def _attend(H: int, D: int, target: Target) -> tirx.PrimFunc:
+def _attend(H: int, D: int, ROWS: int, GROUP: int, target: Target) -> tirx.PrimFunc:
     """Threads over heads and tiles of rows; a tile of several sequences row by row."""
     CHUNK = math.gcd(D, PAGE)
-    ROWS = min(MAX_ROWS, registers(target) * lanes(target) // (2 * PAGE))
 
     def chunks(rows: int) -> int:
         """Vectors of a row's values at a time: half of the registers for all sums of the tile."""
@@ -275,6 +291,7 @@ def _attend(H: int, D: int, target: Target) -> tirx.PrimFunc:
             if first + ROWS <= M and starts[first] == starts[T.min(first + ROWS, M) - 1]:
                 _tile(
                     ROWS,
+                    GROUP,
                     positions[first],
                     lambda r, d: qkv[first + r, head, d] * (scale * T.float32(LOG2_E)),
                     lambda p: numbers[starts[first] + p],
@@ -291,6 +308,7 @@ def _attend(H: int, D: int, target: Target) -> tirx.PrimFunc:
                 for row in T.serial(first, T.min(first + ROWS, M)):
                     _tile(
                         1,
+                        GROUP,
                         positions[row],
                         lambda r, d: qkv[row + r, head, d] * (scale * T.float32(LOG2_E)),
                         lambda p: numbers[starts[row] + p],
@@ -305,9 +323,3 @@ def _attend(H: int, D: int, target: Target) -> tirx.PrimFunc:
                     )
 
     return attend
-
-
-KERNELS: dict[str, Callable[[int, int, Target], Any]] = {
-    "kv_pages_append": _append,
-    "kv_pages_attend": _attend,
-}

@@ -31,4 +31,4 @@ class GEMV(CPURule):
         product = product_of(func)
         if product.row_extents:
             raise Declined("it has several rows: that is cpu.matmul's")
-        return Tile(product, lanes(target), 1, self.panel(target)).schedule()
+        return Tile(product, lanes(target), self.panel(target)).schedule()

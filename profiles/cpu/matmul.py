@@ -17,10 +17,11 @@ class Matmul(CPURule):
 
     rows, vectors: of the register tile. Full tiles first, then what is left in tiles of 4, 2 and 1
     rows. The vectors (0: what suits the target) are the width of the packed weights' panels too.
+    task_rows: rows of a thread's task; for them, a panel is read from memory once.
     """
 
-    def __init__(self, rows: int = 6, vectors: int = 0) -> None:
-        self.rows, self.vectors = rows, vectors
+    def __init__(self, rows: int = 6, vectors: int = 0, task_rows: int = 96) -> None:
+        self.rows, self.vectors, self.task_rows = rows, vectors, task_rows
 
     def panel(self, target: Target) -> int:
         return panel(target, self.vectors)
@@ -32,4 +33,6 @@ class Matmul(CPURule):
         product = product_of(func)
         if not product.row_extents:
             raise Declined("it has a single row: that is cpu.gemv's")
-        return Tile(product, lanes(target), self.rows, self.panel(target)).schedule()
+        return Tile(
+            product, lanes(target), self.panel(target), self.rows, self.task_rows
+        ).schedule()

@@ -48,11 +48,11 @@ def product_of(func: tirx.PrimFunc) -> Product:
     kinds = block.kinds
     if len(kinds) < 2 or kinds != "S" * (len(kinds) - 1) + "R":
         raise Declined("it does not begin with one reduction over the last axis")
+    left, right = _factors(block)
     if len(rest) > 1:
         raise Declined(f"{len(rest)} loop nests follow the product, and one epilogue is fused")
     if not all(isinstance(extent, int) for extent in block.extents[-2:]):
         raise Declined("the matrix has a size that is not known when compiling")
-    left, right = _factors(block)
     epilogue = rest[0] if rest else None
     if epilogue is not None:
         _check_epilogue(block, epilogue)

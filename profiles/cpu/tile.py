@@ -20,18 +20,18 @@ from profiles.cpu.rows import each_element, unflatten
 from profiles.cpu.rule import Declined, with_body
 from profiles.cpu.vector_math import vectorizable
 
-TASK_ROWS = 96  # rows of a thread's task: a panel of the matrix is read from memory once for them
-
 
 class Tile:
     """`rows` times some vector registers of sums, which share what they load.
 
-    A task is a panel of the matrix and up to TASK_ROWS rows. Its sums go into a buffer of its own,
-    and from there through the epilogue: in the tile's loops, its constants would take registers.
+    A task is a panel of the matrix and up to `task_rows` rows. Its sums go into a buffer, and from
+    there through the epilogue: in the tile's loops, its constants would take their registers.
     """
 
-    def __init__(self, product: Product, lanes: int, rows: int, panel: int) -> None:
-        self.product, self.rows = product, rows
+    def __init__(
+        self, product: Product, lanes: int, panel: int, rows: int = 1, task_rows: int = 1
+    ) -> None:
+        self.product, self.rows, self.task_rows = product, rows, task_rows
         self.width = product.panel or math.gcd(product.columns, panel)
         self.lanes = math.gcd(self.width, lanes)
         if self.lanes < 4:
@@ -44,21 +44,21 @@ class Tile:
         panels = -(-self.product.columns // self.width)
         if not self.product.row_extents:
             with I.parallel(0, panels) as panel:
-                self._task(0, 1, panel, task_rows=1)
+                self._task(0, 1, panel)
             return
         num_rows: Any = math.prod(self.product.row_extents, start=tirx.const(1, "int64"))
-        blocks = tirx.floordiv(num_rows + TASK_ROWS - 1, TASK_ROWS)
+        blocks = tirx.floordiv(num_rows + self.task_rows - 1, self.task_rows)
         with I.parallel(0, panels * blocks) as task:
-            first = tirx.floormod(task, blocks) * TASK_ROWS
-            rows = tirx.min(TASK_ROWS, num_rows - first)
-            self._task(first, rows, tirx.floordiv(task, blocks), TASK_ROWS)
+            first = tirx.floormod(task, blocks) * self.task_rows
+            rows = tirx.min(self.task_rows, num_rows - first)
+            self._task(first, rows, tirx.floordiv(task, blocks))
 
-    def _task(self, first: Any, num_rows: Any, panel: Any, task_rows: int) -> None:
+    def _task(self, first: Any, num_rows: Any, panel: Any) -> None:
         """Full tiles, then what is left in tiles of 4, 2 and 1; then the epilogue."""
-        done = I.alloc_buffer((task_rows * self.width,), "float32", scope="local")
+        done = I.alloc_buffer((self.task_rows * self.width,), "float32", scope="local")
         row: Any = 0
         sizes = [size for size in (4, 2, 1) if size < self.rows]
-        for rows in (self.rows, *sizes) if task_rows > 1 else (1,):
+        for rows in (self.rows, *sizes):
             tiles = tirx.floordiv(num_rows - row, rows)
             with I.serial(0, tiles) as tile:
                 self._tile(rows, first, row + tile * rows, panel, done)

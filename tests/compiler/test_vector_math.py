@@ -125,7 +125,7 @@ def test_powers_below_the_smallest_normal_number_are_zero(name: str, cpu: str) -
 @pytest.mark.parametrize("name", ["tanh", "erf"])
 def test_odd_functions_are_odd_and_end_at_one(name: str, cpu: str) -> None:
     found = outputs(name, cpu, 16)
-    at = {x: y for x, y in zip(INPUTS[: len(EDGES)].tolist(), found.tolist(), strict=False)}
+    at = dict(zip(INPUTS.tolist()[: len(EDGES)], found.tolist(), strict=False))
     assert (at[math.inf], at[-math.inf]) == (at[FINITE_MAX], at[-FINITE_MAX])
     assert at[math.inf] == pytest.approx(1, abs=2e-7)
     for x, y in at.items():
