@@ -12,7 +12,7 @@ help:
 	@echo "make serve   run the server (ARGS='--port 9000 --profile baseline')"
 	@echo "make test    run the tests (ARGS='-m unit')"
 	@echo "make check   ruff, mypy"
-	@echo "make bench   measure every profile on GPT-2 124M's shapes, into bench/results/"
+	@echo "make bench   measure every profile on GPT-2 124M's shapes, into bench/results/ and docs/"
 	@echo "make bench-peers  ours and other engines, each in an environment from make peers-venvs"
 	@echo "make install the runtime packages alone, into $(VENV)"
 
@@ -42,6 +42,7 @@ bench: install
 	$(BIN)/dlight-serve bench --model synthetic:gpt2 --profile baseline --profile matmul \
 		--profile gemv --profile reduction --profile full --profile stock --repetitions 3 \
 		--json bench/results/cpu.json $(ARGS)
+	$(BIN)/python -m bench.docs
 
 peers-venvs: $(PEER_ENGINES:%=$(PEERS)/%/.installed)
 

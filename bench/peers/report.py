@@ -34,14 +34,11 @@ def rates(values: Sequence[float]) -> dict[str, Any]:
 def ratios(engines: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Ours over the best peer, by metric, and `peak_rss`, where the least is the best.
 
-    Metrics that ours or all peers lack are left out, and so is a peer that computes another thing.
+    Metrics that ours or all peers lack are left out. A peer that does not agree counts all the
+    same: leaving it out could only make ours look better.
     """
     ours = engines.get(OURS, {})
-    peers = {
-        name: engine
-        for name, engine in engines.items()
-        if name != OURS and engine["check"].get("agrees") is not False
-    }
+    peers = {name: engine for name, engine in engines.items() if name != OURS}
     found = {}
     for key, own in ours.get("rates", {}).items():
         others = {n: e["rates"][key]["median"] for n, e in peers.items() if key in e["rates"]}
@@ -95,8 +92,8 @@ def _model(name: str, model: Mapping[str, Any], workload: Mapping[str, Any]) -> 
         "Median (min-max)."
     )
     yield ""
-    yield _row(["engine", *(m["label"] for m in metrics), "peak MiB", "same tokens"])
-    yield "|---|" + "---:|" * (len(metrics) + 1) + "---|"
+    yield _row(["engine", *(m["label"] for m in metrics), "peak MiB", "same tokens", "dlogp"])
+    yield "|---|" + "---:|" * (len(metrics) + 1) + "---:|---:|"
     for engine, result in engines.items():
         if result["rates"]:
             yield _row(_cells(engine, result, metrics))
@@ -121,7 +118,19 @@ def _cells(engine: str, result: Mapping[str, Any], metrics: Iterable[Any]) -> It
         )
     memory = result["memory"]
     yield f"{memory['peak_rss_bytes'] / MIB:.0f}" if memory else NONE
-    yield {True: "yes", False: "NO", None: NONE}[result["check"].get("agrees")]
+    yield from _checked(result["check"])
+
+
+def _checked(check: Mapping[str, Any]) -> Iterator[str]:
+    """Equal tokens of those compared; the largest difference of log-probabilities."""
+    if check.get("agrees") is None:
+        yield from (NONE, NONE)
+        return
+    difference = check["max_log_probability_difference"]
+    yield f"{check['tokens_equal']}/{check['tokens_compared']}"
+    yield (NONE if difference is None else f"{difference:.0e}") + (
+        "" if check["agrees"] else " (!)"
+    )
 
 
 def _ratio_row(model: Mapping[str, Any]) -> Iterator[str]:
@@ -129,7 +138,7 @@ def _ratio_row(model: Mapping[str, Any]) -> Iterator[str]:
     found = [model["ratios"].get(key) for key in keys]
     if any(found):
         cells = [f"{r['ratio']:.2f} ({LABELS[r['best_peer']]})" if r else NONE for r in found]
-        yield _row(["ours / best peer", *cells, ""])
+        yield _row(["ours / best peer", *cells, "", ""])
 
 
 def _note(engine: str, result: Mapping[str, Any]) -> str:

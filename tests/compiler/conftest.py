@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,16 @@ def toy_job(profile: Profile | str = "full") -> CompileJob:
     return CompileJob(TOY, get_backend("cpu"), profile)
 
 
-def fused_toy(backend: str, profile: str = "baseline") -> tuple[tvm.IRModule, tvm.target.Target]:
-    """The toy's kernels as the profile's rules are offered them."""
-    request = CompileJob(TOY, get_backend(backend), load_profile(profile)).request()
+def fused_toy(
+    backend: str, profile: str = "baseline", **changes: Any
+) -> tuple[tvm.IRModule, tvm.target.Target]:
+    """The kernels of the toy, with these changes, as the profile's rules are offered them."""
+    config = replace(TOY, **changes)
+    request = CompileJob(config, get_backend(backend), load_profile(profile)).request()
     rules = load_profile(profile).rules_for(backend, get_backend(backend).family)
     target = tvm.target.Target(request["target"])
     with target:
-        mod = export(TOY, panel_of(rules, target), request["kv_cache"])[0]
+        mod = export(config, panel_of(rules, target), request["kv_cache"])[0]
         return fuse(mod), target
 
 

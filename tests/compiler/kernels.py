@@ -94,7 +94,7 @@ class Kernels:
         self._vm = relax.VirtualMachine(executable, tvm.cpu())
 
     def __call__(self, name: str, *inputs: Array) -> Array:
-        tensors = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in inputs]
+        tensors = [tvm.runtime.tensor(np.asarray(array, order="C")) for array in inputs]
         result: Array = self._vm[name](*tensors).numpy()
         return result
 
@@ -111,21 +111,22 @@ class Loops:
     def declined(self) -> str | None:
         """Why the rule does not take them; it then really does not."""
         reason: str | None = self.rule.why_not(self.func, self.target)
-        assert (reason is None) == (self._scheduled() is not None)
+        assert (reason is None) == (self.scheduled() is not None)
         return reason
 
     def run(self, *inputs: Array, out: tuple[Shape, str]) -> Array:
         """The output, of this shape and type, as the rule's schedule computes it."""
-        scheduled = self._scheduled()
+        scheduled = self.scheduled()
         assert scheduled is not None, self.declined
         library = tvm.compile(scheduled.mod, target=self.target)
         shape, dtype = out
         result = tvm.runtime.tensor(np.full(shape, 77).astype(dtype))  # all of it is to be written
-        library["main"](*(tvm.runtime.tensor(np.ascontiguousarray(x)) for x in inputs), result)
+        library["main"](*(tvm.runtime.tensor(np.asarray(x, order="C")) for x in inputs), result)
         array: Array = result.numpy()
         return array
 
-    def _scheduled(self) -> Any:
+    def scheduled(self) -> Any:
+        """The rule's schedule, or None."""
         with self.target:
             return self.rule.apply(self.func, self.target, False)
 

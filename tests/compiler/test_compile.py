@@ -98,7 +98,7 @@ def test_a_key_is_of_all_that_decides_the_content(
     ]
     keys += [key(toy_job(name)) for name in ("baseline", "gemv", "reduction")]
     gemv = 'rules = ["cpu.gemv"]\n'
-    keys += [key(own(gemv + f'[cpu.parameters."cpu.gemv"]\nlanes = {n}')) for n in (16, 32)]
+    keys += [key(own(gemv + f'[cpu.parameters."cpu.gemv"]\nvectors = {n}')) for n in (1, 2)]
     keys += [
         key(own(f"rules = {ids}"))
         for ids in ('["cpu.gemv", "dl.cpu.Reduction"]', '["dl.cpu.Reduction", "cpu.gemv"]')

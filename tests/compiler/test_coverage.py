@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tvm
 
-from profiles import RuleUse, known_rules, list_profiles, load_profile
+from profiles import RuleUse, known_rules, list_profiles, load_profile, read_profile
 from serve.compiler.cache import LibraryCache
-from serve.compiler.compile import get_library
-from serve.compiler.coverage import KernelCoverage, schedule
+from serve.compiler.compile import Compiled, get_library
+from serve.compiler.coverage import KernelCoverage, panel_of, schedule
 from serve.errors import CompileError
 from tests.compiler.conftest import fused_toy, kernels_of, toy_job
 
@@ -22,6 +23,7 @@ Fused = tuple[tvm.IRModule, tvm.target.Target]
 
 PROFILES = sorted(list_profiles())
 FUNCTIONS = {"batch_prefill", "decode", "batch_decode", "batch_verify"}
+OURS = {rule_id for rule_id in known_rules() if rule_id.startswith("cpu.")}
 # A block's four products and the head.
 NUM_PRODUCTS = 5
 
@@ -115,7 +117,43 @@ def test_cpu_reduction_takes_the_layer_norms() -> None:
     rules = rules_of(cpu_rules("reduction"))
     norms = {kernel: rule for kernel, rule in rules.items() if kernel.startswith("layer_norm")}
     assert len(norms) == 3  # decode's, batch_decode's, and prefill's and verify's
-    assert set(norms.values()) == {"dl.cpu.Reduction"}
+    assert set(norms.values()) == {"cpu.reduction"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False, "activation_function": "silu", "n_layer": 1},
+        {"n_embd": 48, "n_head": 3, "n_inner": 100, "vocab_size": 501, "n_layer": 1},
+        {"n_embd": 80, "n_head": 1, "activation_function": "gelu", "n_layer": 1},
+    ],
+    ids=str,
+)
+def test_full_leaves_no_kernel_unscheduled_on_the_cpu(changes: dict[str, Any]) -> None:
+    """Of the toy, and of models whose every width is odd."""
+    mod, target = fused_toy("cpu", "full", **changes)
+    coverage = schedule(mod, load_profile("full").rules_for("cpu", "cpu"), target)[1]
+    assert [entry.kernel for entry in coverage if entry.rule is None] == []
+    assert {entry.rule for entry in coverage} == OURS
+
+
+def test_every_rule_says_why_it_declined(compiled: tuple[Compiled, list[str]]) -> None:
+    """In the manifest, of each kernel, every rule before the one that took it."""
+    ids = [rule["id"] for rule in compiled[0].library.manifest.rules]
+    for entry in compiled[0].library.manifest.coverage:
+        before = ids[: ids.index(entry["rule"])]
+        # The kernels that the model marks as scheduled are offered to who asks for such alone.
+        expected = [] if entry["rule"] == "cpu.attention" else before
+        assert entry["declined"].keys() == set(expected)
+        assert all(entry["declined"].values())
+    by_kernel = {entry["kernel"]: entry for entry in compiled[0].library.manifest.coverage}
+    reasons = {
+        by_kernel[kernel]["declined"]["cpu.matmul"]
+        for kernel, entry in by_kernel.items()
+        if entry["rule"] == "cpu.gemv"
+    }
+    assert reasons == {"it has a single row: that is cpu.gemv's"}
 
 
 @pytest.mark.parametrize("name", ["reduction", "full"])
@@ -233,3 +271,41 @@ def test_a_rule_that_cannot_be_made_is_named(
     problem = r"^rule cpu\.gemv \(profiles\.cpu\.gemv:GEMV\) is broken: no module named that"
     with pytest.raises(CompileError, match=problem):
         schedule(copy(mod), load_profile("gemv").rules_for("cpu", "cpu"), target)
+
+
+def cpu_target(mcpu: str) -> tvm.target.Target:
+    return tvm.target.Target({"kind": "llvm", "mcpu": mcpu})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("full", 64), ("matmul", 64), ("gemv", 64), ("baseline", None), ("reduction", None)],
+)
+def test_weights_are_packed_for_products_of_our_own(name: str, expected: int | None) -> None:
+    rules = load_profile(name).rules_for("cpu", "cpu")
+    assert panel_of(rules, cpu_target("skylake-avx512")) == expected
+
+
+def test_rules_that_want_panels_of_different_widths() -> None:
+    def use(rule_id: str, vectors: int) -> RuleUse:
+        values = {p.name: p.default for p in known_rules()[rule_id].parameters}
+        return RuleUse(known_rules()[rule_id], values | {"vectors": vectors})
+
+    target = cpu_target("haswell")
+    assert panel_of([use("cpu.matmul", 3), use("cpu.gemv", 3)], target) == 24
+    assert panel_of([use("cpu.matmul", 0), use("cpu.gemv", 2)], target) == 16
+    with pytest.raises(CompileError, match="panels of different widths") as caught:
+        panel_of([use("cpu.matmul", 3), use("cpu.gemv", 0)], target)
+    assert "'cpu.matmul': 24" in str(caught.value)
+    assert "'cpu.gemv': 16" in str(caught.value)
+
+
+def test_it_is_an_error_of_the_profile(tmp_path: Path, cache: LibraryCache) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(
+        '[cpu]\nrules = ["cpu.matmul", "cpu.gemv"]\n[cpu.parameters."cpu.matmul"]\nvectors = 3\n'
+    )
+    with pytest.raises(CompileError, match="panels of different widths") as caught:
+        get_library(toy_job(read_profile(path)), cache)
+    assert "cpu.matmul" in caught.value.log
+    assert "cpu.gemv" in caught.value.log

@@ -46,7 +46,10 @@ def norm_of(width: int, eps: float) -> Callable[..., Any]:
 
 def norms_for(cpu: str, widths: list[int]) -> Kernels:
     functions: dict[str, tuple[Callable[..., Any], Inputs]] = {
-        f"{rows}_{width}_{eps}": (norm_of(width, eps), [(*shape, width), (width,), (width,)])
+        f"{rows}_{width}_{EPSILONS.index(eps)}": (
+            norm_of(width, eps),
+            [(*shape, width), (width,), (width,)],
+        )
         for width in widths
         for rows, shape in ROWS.items()
         for eps in EPSILONS[: 2 if width == 48 else 1]
@@ -65,7 +68,7 @@ def norm(
     """Of x as (rows, width)."""
     shape = {"one": (1, 1), "batch": (-1, 1), "packed": (1, -1), "known": (3, 5)}[rows]
     width = x.shape[-1]
-    found = kernels(f"{rows}_{width}_{eps}", x.reshape(*shape, width), scale, shift)
+    found = kernels(f"{rows}_{width}_{EPSILONS.index(eps)}", x.reshape(*shape, width), scale, shift)
     return found.reshape(-1, width)
 
 
@@ -78,7 +81,7 @@ def test_layer_norm(norms: Kernels, width: int) -> None:
         for rows, at in (("one", slice(0, 1)), ("batch", slice(1, 30)), ("known", slice(30, 45))):
             # Of a width of 1 there is no sum.
             expected = [None if width == 1 else RULE]
-            assert norms.rules[f"{rows}_{width}_{eps}"] == expected
+            assert norms.rules[f"{rows}_{width}_{EPSILONS.index(eps)}"] == expected
             found = norm(norms, rows, x[at], scale, shift, eps)
             exact = layer_norm(x[at], scale, shift, eps)
             np.testing.assert_allclose(found, exact, atol=3e-5, rtol=0)
@@ -155,11 +158,17 @@ REDUCTIONS: dict[str, tuple[Callable[[te.Tensor], te.Tensor], Callable[[Array], 
 }
 
 
-@pytest.mark.parametrize("name", REDUCTIONS)
-@pytest.mark.parametrize(("declared", "given"), SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "declared", "given"),
+    [
+        (name, *shapes)
+        for name in REDUCTIONS
+        for shapes in SHAPES
+        if name != "log_softmax" or len(shapes[0]) == 2  # TOPI has it of matrices only
+    ],
+    ids=str,
+)
 def test_reductions(name: str, declared: tuple[Any, ...], given: tuple[int, ...]) -> None:
-    if name == "log_softmax" and len(given) != 2:
-        pytest.skip("TOPI has it of matrices only")
     in_te, in_numpy = REDUCTIONS[name]
     x = placeholder(*declared)
     [values] = random(given)
@@ -211,12 +220,9 @@ def test_masked_scores_and_not_a_number(softmaxes: Kernels) -> None:
 def test_other_types(dtype: str) -> None:
     x = placeholder(N, 33, dtype=dtype)
     values = (random((9, 33))[0] * 8).astype(dtype)
-    for in_te, in_numpy in (
-        (topi.sum, lambda x: x.astype(np.float64).sum(1)),
-        (topi.max, lambda x: x.max(1)),
-        (topi.min, lambda x: x.min(1)),
-    ):
-        found = Loops(Reduction(), x, in_te(x, axis=1)).run(values, out=((9,), dtype))
+    for name in ("sum", "max", "min"):
+        in_te, in_numpy = REDUCTIONS[name]
+        found = Loops(Reduction(), x, in_te(x)).run(values, out=((9,), dtype))
         np.testing.assert_allclose(found, in_numpy(values), atol=0.2 if dtype == "float16" else 0)
 
 
@@ -230,7 +236,7 @@ def test_over_the_first_axis() -> None:
 
 # -- what it declines
 
-X, SQUARE = placeholder(N, 64), placeholder(64, 64)
+X, SQUARE, BOOLS = placeholder(N, 64), placeholder(64, 64), placeholder(N, 64, dtype="bool")
 SUM, SUM_OF_SQUARE = topi.sum(X, axis=1), topi.sum(SQUARE, axis=1)
 KEPT = topi.sum(X, axis=1, keepdims=True)
 OTHER_ROWS = "its loop nests do not run over the same rows"
@@ -241,7 +247,7 @@ DECLINED: dict[str, tuple[list[te.Tensor], str]] = {
     "mean": ([X, topi.divide(SUM, tirx.const(64, "float32"))], OTHER_ROWS),
     "argmax": ([X, topi.argmax(X, axis=1)], "is more than one store"),
     "all": (
-        (lambda x: [x, topi.all(x, axis=1)])(placeholder(N, 64, dtype="bool")),
+        [BOOLS, topi.all(BOOLS, axis=1)],
         "a reduction is no sum, product, maximum or minimum",
     ),
     "scan": ([X, topi.cumsum(X, axis=1)], "it is not a sequence of loop nests, one block in each"),
@@ -321,6 +327,7 @@ INIT = "with T.init():\n    y[v] = T.float32(0)\n"
             "a loop nest leaves out elements, by a predicate",
         ),
     ],
+    ids=range(7),
 )
 def test_what_only_looks_like_a_sum(body: str, reason: str | None) -> None:
     assert Reduction().why_not(written(body), target_for("here")) == reason

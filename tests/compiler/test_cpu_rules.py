@@ -5,6 +5,7 @@ What they cannot do they leave alone, and say why.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import cache
@@ -185,7 +186,7 @@ def test_every_shape(case: Case) -> None:
 
 
 # Around the edges of tiles (6 rows, then 4, 2 and 1) and of a thread's task.
-TASK_ROWS = {p.name: p.default for p in known_rules()["cpu.matmul"].parameters}["task_rows"]
+TASK_ROWS = Matmul().task_rows
 NUM_ROWS = [*range(1, 71), *(n * TASK_ROWS + more for n in (1, 2) for more in (-1, 0, 1, 7))]
 SMALL = [case for case in CASES if (case.columns, case.length) in ((1000, 48), (501, 80), (13, 64))]
 
@@ -301,41 +302,49 @@ def test_every_epilogue(epilogues: Kernels, name: str) -> None:
     assert one.tobytes() == found[:1].tobytes()
 
 
+N = te.var("n", "int64")
+
+
+def matrix(*shape: Any, dtype: str = "float32", name: str = "x") -> te.Tensor:
+    return te.placeholder(shape, dtype, name)
+
+
 def test_every_legal_parameter() -> None:
     """Each height and width of the tile computes each row in the same bits."""
-    num_columns, length, num_rows = 101, 48, 45
+    num_columns, length, num_rows = 101, 48, 205
     target = target_for("here")
-    legal = {p.name: p.legal for p in known_rules()[MATMUL].parameters}
+    legal: dict[str, Any] = {p.name: p.legal for p in known_rules()[MATMUL].parameters}
     assert [p.legal for p in known_rules()[GEMV].parameters] == [legal["vectors"]]
-    rules = [(rows, vectors) for rows in legal["rows"] for vectors in legal["vectors"]]
-    functions, panels = {}, {}
-    for rows, vectors in [*rules, *((0, vectors) for vectors in legal["vectors"])]:  # 0: cpu.gemv
-        rule = Matmul(rows, vectors) if rows else gemv.GEMV(vectors)  # type: ignore[arg-type]
-        name, width = f"f_{rows}_{vectors}", rule.panel(target)
-        assert width == lanes(target) * vectors or not vectors
-        x = te.placeholder((te.var("n", "int64") if rows else 1, length), "float32", "x")
-        w = te.placeholder((-(-num_columns // width), length, width), "float32", "w")
+    vectors = [n for n in legal["vectors"] if n]  # 0 is one of the others
+    assert Matmul().panel(target) in [Matmul(vectors=n).panel(target) for n in vectors]
+    tiles = itertools.product(legal["rows"], vectors)
+    rules: list[Any] = [
+        *itertools.starmap(gemv.GEMV, zip(vectors, strict=True)),
+        *(Matmul(*tile, n) for tile, n in zip(tiles, itertools.cycle(legal["task_rows"]))),
+    ]
+    functions = {}
+    for number, rule in enumerate(rules):
+        width, rows = rule.panel(target), 1 if isinstance(rule, gemv.GEMV) else N
+        assert width == lanes(target) * rule.vectors
+        x, w = matrix(rows, length), matrix(-(-num_columns // width), length, width, name="w")
         loops = Loops(rule, x, w, layers._matmul(x, w, num_columns))
         assert loops.declined is None
-        functions[name] = rule.apply(loops.func, target, False).mod["main"]
-        functions[name] = functions[name].with_attr("global_symbol", name)
-        panels[name] = width
+        name = f"f{number}"
+        functions[name] = loops.scheduled().mod["main"].with_attr("global_symbol", name)
     library = tvm.compile(tvm.IRModule(functions), target=target)
-    x, weight = random((num_rows, length), (num_columns, length))
+    inputs, weight = random((num_rows, length), (num_columns, length))
     results = set()
-    for name, width in panels.items():
-        out = tvm.runtime.tensor(np.full((num_rows, num_columns), 77, np.float32))
-        w = tvm.runtime.tensor(packed(weight, width))
-        if name.startswith("f_0"):
-            rows_of_out = [tvm.runtime.tensor(np.full_like(out.numpy()[:1], 77)) for _ in x]
-            for row, out_row in zip(x, rows_of_out, strict=True):
-                library[name](tvm.runtime.tensor(row[None]), w, out_row)
-            results.add(b"".join(out_row.numpy().tobytes() for out_row in rows_of_out))
-        else:
-            library[name](tvm.runtime.tensor(x), w, out)
-            results.add(out.numpy().tobytes())
+    for rule, name in zip(rules, functions, strict=True):
+        step = 1 if isinstance(rule, gemv.GEMV) else num_rows
+        in_panels, found = tvm.runtime.tensor(packed(weight, rule.panel(target))), []
+        for first in range(0, num_rows, step):
+            out = tvm.runtime.tensor(np.full((step, num_columns), 77, np.float32))
+            library[name](tvm.runtime.tensor(inputs[first : first + step]), in_panels, out)
+            found.append(out.numpy())
+        results.add(np.concatenate(found).tobytes())
     assert len(results) == 1
-    assert_product(np.frombuffer(results.pop(), np.float32).reshape(out.shape), x, weight)
+    result = np.frombuffer(results.pop(), np.float32).reshape(num_rows, num_columns)
+    assert_product(result, inputs, weight)
 
 
 def test_panels_suit_the_target() -> None:
@@ -370,16 +379,11 @@ def test_the_model_packs_as_numpy_does() -> None:
 # -- what they decline
 
 
-def matrix(*shape: Any, dtype: str = "float32", name: str = "x") -> te.Tensor:
-    return te.placeholder(shape, dtype, name)
-
-
 def sum_of(length: int, element: Callable[[Any], Any]) -> Any:
     k = te.reduce_axis((0, length), "k")
     return te.sum(element(k), k)
 
 
-N = te.var("n", "int64")
 X, ONE = matrix(N, 64), matrix(1, 64)
 W, W_ROWS = matrix(64, 32, name="w"), matrix(32, 64, name="w")
 W_PANELS = matrix(2, 64, 16, name="w")
@@ -552,6 +556,12 @@ def test_a_sum_that_begins_elsewhere(rule: Any) -> None:
     assert rule.why_not(begun_at(0.0), target) in (None, MANY)
 
 
+def sized(shape: Shape) -> tuple[int, ...]:
+    sizes = {"n": 3, "m": 2}
+    known: list[Any] = [sizes.get(n, n) for n in shape]
+    return tuple(known)
+
+
 @pytest.mark.parametrize(
     ("x", "weight"),
     [
@@ -575,8 +585,7 @@ def test_forms_that_are_taken_or_left_and_right(x: Shape, weight: Shape) -> None
         axes = [0, 2, 1] if len(weight) == 3 else None
         return op.matmul(x0, op.permute_dims(x1, axes))
 
-    sizes = {"n": 3, "m": 2}
-    inputs = random(*(tuple(sizes.get(n, n) for n in shape) for shape in (x, weight)))
+    inputs = random(*(sized(shape) for shape in (x, weight)))
     kernels = Kernels({"f": (transposed, [x, weight])})
     exact = inputs[0].astype(np.float64) @ inputs[1].swapaxes(-1, -2)
     np.testing.assert_allclose(kernels("f", *inputs), exact, atol=1e-5, rtol=0)
@@ -587,8 +596,7 @@ def test_any_number_of_axes_of_packed_weights(x: Shape) -> None:
     kernels = Kernels(
         {"f": (product(PANELS, 101), [x, shape_of(PANELS, 101, 64)])},
     )
-    sizes = {"n": 3, "m": 2}
-    rows, weight = random(tuple(sizes.get(n, n) for n in x), (101, 64))
+    rows, weight = random(sized(x), (101, 64))
     assert kernels.rules["f"] == [MATMUL if rows.size > 64 else GEMV]
     assert_product(kernels("f", rows, laid_out(PANELS, weight)), rows, weight)
 

@@ -42,7 +42,7 @@ def test_profiles_show(command: Command, tmp_path: Path) -> None:
     assert compiled.returncode == 0, compiled.stderr
     assert "[6/6] link" in compiled.stdout
     shown = command(*arguments).stdout
-    assert "lanes = 16 (of 4, 8, 16, 32, 64)" in shown
+    assert "vectors = 0 (of 0, 1, 2, 3, 4, 6)" in shown
     assert "-> cpu.gemv   [decode]" in shown
     assert "layer_norm -> none" in shown
 
@@ -73,6 +73,12 @@ def test_bench(command: Command, tmp_path: Path) -> None:
         (["run", "--model", "bundled:moby"], ["bundled:moby", "gettysburg"]),
         (["run", "--model", "./nowhere"], ["./nowhere", "no such folder"]),
         (["run", "--backend", "tpu"], ["tpu", "cpu, cuda"]),
+        (["run", "--set", "library.mcpu=i386x"], ["LLVM knows no mcpu 'i386x'"]),
+        (["run", "--set", "library.mattr=avx2"], ["mattr 'avx2'", "as in +avx2"]),
+        (
+            ["run", "--backend", "cuda", "--set", "library.mcpu=haswell"],
+            ["backend 'cuda' has no mcpu"],
+        ),
         (["run", "--profile", "fastest"], ["fastest", "no such profile", *SHIPPED]),
         (["run", "--port", "http"], ["server.port", "'http'", "integer"]),
         (["run", "--set", "engine.max_runing=3"], ["engine.max_runing", "max_running"]),

@@ -87,8 +87,10 @@ def library_cache(cache: Path) -> LibraryCache:
 
 @pytest.fixture(scope="session")
 def make_runner(library_cache: LibraryCache) -> MakeRunner:
-    def make(source: ModelSource, profile: str = "full", **limits: Any) -> TVMRunner:
-        backend = get_backend("cpu")
+    def make(
+        source: ModelSource, profile: str = "full", mcpu: str | None = None, **limits: Any
+    ) -> TVMRunner:
+        backend = get_backend("cpu", mcpu)
         job = CompileJob(source.config, backend, load_profile(profile))
         library = get_library(job, library_cache).library
         weights = DeviceWeights(source.load(), backend.device())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tvm
@@ -58,6 +61,103 @@ def test_cpu_features_that_the_processor_has_and_this_machine_hides(
     for nothing_hidden in ({"avx2": True}, None):  # None: LLVM cannot tell on this machine
         features_of(nothing_hidden)
         assert cpu.target() == {"kind": "llvm", "mcpu": "skylake-avx512"}
+
+
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+only_x86 = pytest.mark.skipif(not IS_X86, reason="names of x86-64 processors")
+
+
+def features_of(target: Mapping[str, Any]) -> set[str]:
+    found: set[str] = codegen.llvm_get_cpu_features(tvm.target.Target(dict(target)))
+    return found
+
+
+@only_x86
+@pytest.mark.parametrize("mcpu", ["haswell", "x86-64", "skylake-avx512"])
+def test_another_processor(mcpu: str) -> None:
+    backend = get_backend("cpu", mcpu)
+    assert backend.target() == {"kind": "llvm", "mcpu": mcpu}
+    assert ("avx2" in features_of(backend.target())) == (mcpu != "x86-64")
+    assert (backend.name, backend.family, backend.dtype) == ("cpu", "cpu", "float32")
+    assert backend.device().exist
+    assert get_backend("cpu").target() != backend.target() or mcpu == codegen.llvm_get_system_cpu()
+
+
+@only_x86
+def test_other_features() -> None:
+    backend = get_backend("cpu", "haswell", "+avx512f, -bmi2,")
+    assert backend.target() == {
+        "kind": "llvm",
+        "mcpu": "haswell",
+        "mattr": ["+avx512f", "-bmi2"],
+    }
+    features = features_of(backend.target())
+    assert "avx512f" in features
+    assert "bmi2" not in features
+
+
+@only_x86
+def test_other_features_of_this_processor() -> None:
+    """Behind what this machine hides, so that they win."""
+    own = dict(get_backend("cpu").target())
+    found = get_backend("cpu", mattr="-avx2").target()
+    assert found == own | {"mattr": [*own.get("mattr", []), "-avx2"]}
+    assert "avx2" not in features_of(found)
+    hidden = [name.removeprefix("-") for name in own.get("mattr", [])]
+    for name in hidden:
+        assert name in features_of(get_backend("cpu", mattr=f"+{name}").target())
+
+
+@only_x86
+def test_what_llvm_does_not_know() -> None:
+    with pytest.raises(BackendError, match=r"^LLVM knows no mcpu 'hasswell'; it knows .*haswell"):
+        get_backend("cpu", "hasswell")
+    for mattr, feature in (("+avx2,-avx512", "avx512"), ("+AVX2", ""), ("avx2", ""), ("+", "")):
+        with pytest.raises(BackendError, match=r"^mattr '.*': ") as caught:
+            get_backend("cpu", mattr=mattr)
+        expected = f"LLVM knows no feature '{feature}'" if feature else "expected a feature with +"
+        assert expected in str(caught.value)
+
+
+def test_only_the_cpu_has_them() -> None:
+    for values in ({"mcpu": "haswell"}, {"mattr": "+avx2"}):
+        with pytest.raises(BackendError, match=r"^backend 'cuda' has no mcpu and no mattr"):
+            get_backend("cuda", **values)
+    with pytest.raises(BackendError, match="unknown backend 'tpu'"):
+        get_backend("tpu", "haswell")
+
+
+def present(monkeypatch: pytest.MonkeyPatch, features: dict[str, bool] | None) -> None:
+    """This processor has these features, and lacks those."""
+    name = "tvm.codegen.llvm.GetHostCPUFeatures"
+    monkeypatch.setattr(tvm, "get_global_func", lambda asked: {name: lambda: features}[asked])
+
+
+@only_x86
+def test_missing_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    present(monkeypatch, {"avx2": True, "fma": True, "avx512f": False, "avx512bw": False})
+    for target, missing in (
+        ({"kind": "llvm", "mcpu": "haswell"}, []),
+        ({"kind": "llvm", "mcpu": "skylake-avx512"}, ["avx512bw", "avx512f"]),
+        ({"kind": "llvm", "mcpu": "skylake-avx512", "mattr": ["-avx512bw"]}, ["avx512f"]),
+        ({"kind": "llvm", "mcpu": "haswell", "mattr": ["+avx512f"]}, ["avx512f"]),
+        ({"kind": "cuda", "arch": "sm_80"}, []),
+        ({}, []),
+    ):
+        assert cpu.missing_features(target) == missing
+        assert get_backend("cpu").missing_features(target) == missing
+        assert get_backend("cuda").missing_features(target) == []
+    present(monkeypatch, None)  # LLVM cannot tell on this machine
+    assert cpu.missing_features({"kind": "llvm", "mcpu": "sapphirerapids"}) == []
+
+
+@only_x86
+def test_nothing_is_missing_of_what_is_compiled_for_this_machine() -> None:
+    assert cpu.missing_features(get_backend("cpu").target()) == []
+    assert cpu.missing_features({"kind": "llvm", "mcpu": "x86-64"}) == []
+    has_amx = tvm.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")().get("amx-tile")
+    missing = cpu.missing_features({"kind": "llvm", "mcpu": "sapphirerapids"})
+    assert ("amx-tile" in missing) == (not has_amx)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_the_defaults() -> None:
     assert settings == Settings()
     assert (settings.model.source, settings.model.name) == ("bundled:gettysburg", None)
     assert (settings.library.backend, settings.library.profile) == ("cpu", "full")
+    assert (settings.library.mcpu, settings.library.mattr) == (None, None)
     assert (settings.server.host, settings.server.port) == ("127.0.0.1", 8000)
     assert settings.engine == EngineConfig()
     assert settings.runner == RunnerConfig()
@@ -239,6 +240,8 @@ def test_an_unknown_key_of_a_section_that_a_package_owns() -> None:
         ("server.drain_seconds", "true", "a valid number"),
         ("model.source", "false", "a valid string"),
         ("model.name", "5", "a valid string"),
+        ("library.mcpu", "5", "a valid string"),
+        ("library.mattr", '["+avx2"]', "a valid string"),
         ("engine.max_running", '"3"', "a valid integer"),
         ("engine.max_running", "true", "a valid integer"),
         ("engine.prefix_sharing", "1", "a valid boolean"),
@@ -348,6 +351,8 @@ def test_names_that_could_be_mistaken(name: str) -> None:
         ("DLIGHT_HUB_TOKEN", "5", "hub.token", "5"),
         ("DLIGHT_MODEL_SOURCE", "true", "model.source", "true"),
         ("DLIGHT_ENGINE_PREFIX_SHARING", "false", "engine.prefix_sharing", False),
+        ("DLIGHT_LIBRARY_MCPU", "haswell", "library.mcpu", "haswell"),
+        ("DLIGHT_LIBRARY_MATTR", "+avx2,-fma", "library.mattr", "+avx2,-fma"),
     ],
 )
 def test_the_environment_is_parsed(variable: str, text: str, key: str, value: object) -> None:
@@ -517,7 +522,9 @@ def test_seconds_are_finite(key: str) -> None:
     assert refused(flags={key: "inf"}).key == key
 
 
-@pytest.mark.parametrize("key", ["server.host", "model.source", "library.backend"])
+@pytest.mark.parametrize(
+    "key", ["server.host", "model.source", "library.backend", "library.mcpu", "library.mattr"]
+)
 def test_texts_that_must_say_something(key: str) -> None:
     assert refused(flags={key: ""}).key == key
 
