@@ -54,8 +54,8 @@ def fuse(mod: tvm.IRModule) -> tvm.IRModule:
 def lower(mod: tvm.IRModule) -> tvm.IRModule:
     """From scheduled Relax to what the virtual machine runs.
 
-    Without TVM's KillAfterLastUse: the memory is planned, so that killing a tensor frees nothing, and
-    it was a third of a decode step's instructions.
+    Without TVM's KillAfterLastUse: the memory is planned, so that killing a tensor frees nothing,
+    and it was a third of a decode step's instructions.
     """
     transform = relax.transform
     return tvm.transform.Sequential(

@@ -61,8 +61,8 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
 
     def make(**changes: Any) -> Judged:
         torch.manual_seed(0)
-        tokens = {"bos_token_id": 0, "eos_token_id": 0}
-        config = GPT2Config(**(TOY | tokens | changes), initializer_range=0.3)
+        others = {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.3}
+        config = GPT2Config(**(TOY | others | changes))
         model = GPT2LMHeadModel(config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
