@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tvm.runtime import ShapeTuple
 
 from serve.compiler.library import Manifest
+from serve.runtime.huge_pages import HugePages
 from serve.runtime.pages import Pages, Tables
 
 _ALIGNMENT = 16  # int32 in the 64 bytes to which TVM's kernels expect tensors to be aligned
@@ -52,8 +53,10 @@ class OwnPages(Pages):
 
     def __init__(self, vm: Any, num_pages: int, page_size: int) -> None:
         super().__init__(num_pages, page_size)
-        self._tensors = list(vm["create_kv_pages"](ShapeTuple([num_pages])))
-        self._contents = [np.from_dlpack(tensor) for tensor in self._tensors]  # the same memory
+        pages = HugePages()
+        shapes = [tensor.shape for tensor in vm["create_kv_pages"](ShapeTuple([num_pages]))]
+        self._contents = [pages.array(shape) for shape in shapes]
+        self._tensors = [tvm.runtime.from_dlpack(content) for content in self._contents]
         self._room = _aligned(1024)  # for the tables of a step
 
     def copy(self, source: int, target: int) -> None:

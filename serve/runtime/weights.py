@@ -10,6 +10,7 @@ import tvm
 from numpy.typing import NDArray
 
 from serve.errors import WeightsError
+from serve.runtime.huge_pages import HugePages
 
 Pack = Callable[[Any], Any]  # a library's function: (out, in) -> [panels, in, panel]
 
@@ -25,6 +26,7 @@ class DeviceWeights:
     ) -> None:
         self._source, self._device = source, device
         self._tensors: dict[tuple[str, tuple[int, ...], int | None], Any] = {}
+        self._pages = HugePages()
 
     def get(
         self, name: str, shape: Sequence[int], panel: int | None = None, pack: Pack | None = None
@@ -40,5 +42,13 @@ class DeviceWeights:
             if array is None or array.shape != tuple(shape):
                 raise WeightsError(name, f"shape {list(shape)}", found, "the loaded weights")
             tensor = tvm.runtime.tensor(array, self._device)
-            self._tensors[key] = tensor if pack is None else pack(tensor)
+            del array  # never more than two copies of one tensor
+            self._tensors[key] = self._kept(tensor if pack is None else pack(tensor))
         return self._tensors[key]
+
+    def _kept(self, tensor: Any) -> Any:
+        if self._device != tvm.cpu():
+            return tensor
+        array = self._pages.array(tensor.shape)
+        array[...] = np.from_dlpack(tensor)
+        return tvm.runtime.from_dlpack(array)
