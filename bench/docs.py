@@ -23,11 +23,16 @@ def fenced(lines: Sequence[str]) -> str:
     return "\n".join(("```", *lines, "```", ""))
 
 
+def peers(report: Report) -> str:
+    return markdown(report).rstrip("\n") + "\n"
+
+
 TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
-    # document -> the results it shows, and how
-    "docs/profiles.md": ("cpu.json", lambda report: fenced(bench.table(report["results"]))),
-    "docs/trace.md": ("trace-cpu.json", lambda report: fenced(trace_table.table(report))),
-    "docs/peers.md": ("peers.json", lambda report: markdown(report).rstrip("\n") + "\n"),
+    # results -> the document that shows them, and how
+    "cpu.json": ("docs/profiles.md", lambda report: fenced(bench.table(report["results"]))),
+    "trace-cpu.json": ("docs/trace.md", lambda report: fenced(trace_table.table(report))),
+    "peers.json": ("docs/peers.md", peers),
+    "peers-medium.json": ("docs/peers.md", peers),
 }
 
 
@@ -98,7 +103,7 @@ def _panel(phase: str, rungs: Sequence[Report], top: int, height: int) -> list[s
 
 
 def main() -> None:
-    for document, (name, table) in TABLES.items():
+    for name, (document, table) in TABLES.items():
         path = ROOT / document
         text = path.read_text(encoding="utf-8")
         path.write_text(filled(text, name, table(results(name))), encoding="utf-8")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from serve.backends import Backend, cpu_ids, usable_cpus
-from serve.compiler.library import Library, Manifest
+from serve.compiler.library import Library
 from serve.engine import Chunk, Logits, RunnerLimits
 from serve.errors import LibraryError
 from serve.model.config import GPT2Config
@@ -69,7 +69,7 @@ class TVMRunner:
         self._device = backend.device()
         _check_features(library, backend)
         self._vm = _load(library, self._device)
-        self._params = _in_order(manifest, self._vm, weights)
+        self._params = _in_order(library, weights, self._device)
         model = GPT2Config(**manifest.model_config)
         self._vocab_size = model.vocab_size
         kv_tokens = config.kv_tokens or 8 * model.n_positions
@@ -170,21 +170,24 @@ def _check_features(library: Library, backend: Backend) -> None:
         )
 
 
-def _load(library: Library, device: tvm.runtime.Device) -> Any:
+def _load(library: Library, device: tvm.runtime.Device, memory: str | None = None) -> Any:
+    """A virtual machine. `memory`: "naive" gives back what is freed; else it is kept for later."""
     manifest = library.manifest
     if manifest.tvm_version != tvm.__version__:
         raise LibraryError(
             f"{library.path}: built by TVM {manifest.tvm_version}, this is {tvm.__version__}"
         )
     try:
-        return relax.VirtualMachine(tvm.runtime.load_module(str(library.path)), device)
+        return relax.VirtualMachine(tvm.runtime.load_module(str(library.path)), device, memory)
     except Exception as error:
         raise LibraryError(f"{library.path}: does not load: {error}") from error
 
 
-def _in_order(manifest: Manifest, vm: Any, weights: DeviceWeights) -> list[Any]:
+def _in_order(library: Library, weights: DeviceWeights, device: tvm.runtime.Device) -> list[Any]:
     """The weights in the library's calling order and layout."""
-    layout = (manifest.panel, vm["pack"]) if manifest.packed else (None, None)
+    manifest = library.manifest
+    packs = (manifest.panel, _load(library, device, "naive")["pack"]) if manifest.packed else None
+    layout = packs or (None, None)
     return [
         weights.get(name, shape, *(layout if name in manifest.packed else (None, None)))
         for name, shape in manifest.parameters

@@ -245,8 +245,8 @@ def test_no_paths_of_one_machine_and_no_addresses_of_registries(name: str) -> No
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_of_results_is_the_measured_one(name: str) -> None:
     """`python -m bench.docs` makes them."""
-    file, table = TABLES[name]
-    assert read(name) == filled(read(name), file, table(results(file)))
+    document, table = TABLES[name]
+    assert read(document) == filled(read(document), name, table(results(name)))
 
 
 def test_the_ladder_is_the_measured_one() -> None:
