@@ -203,6 +203,43 @@ def _tile(rows, GROUP, position, query, number, key, value, out, first, head, wi
 
 
 @T.macro
+def _rows(
+    rows,
+    GROUP,
+    first,
+    head,
+    layer,
+    scale,
+    qkv,
+    keys,
+    values,
+    positions,
+    starts,
+    numbers,
+    out,
+    width,
+    chunk,
+    chunks,
+):
+    """A tile of the kernel's tensors: rows first …, of one sequence."""
+    _tile(
+        rows,
+        GROUP,
+        positions[first],
+        lambda r, d: qkv[first + r, head, d] * (scale * T.float32(LOG2_E)),
+        lambda p: numbers[starts[first] + p],
+        lambda page, d, x: keys[layer, page, head, d, x],
+        lambda page, j, d: values[layer, page, head, j, d],
+        out,
+        first,
+        head,
+        width,
+        chunk,
+        chunks,
+    )
+
+
+@T.macro
 def _append_head(M, H, D, qkv, keys, values, positions, starts, numbers, layer, head):
     """One head of every token, token by token: a page stays in cache until it is filled."""
     for row in T.serial(M):
@@ -289,34 +326,40 @@ def _attend(H: int, D: int, ROWS: int, GROUP: int, target: Target) -> tirx.PrimF
             )
             first: T.let[T.int64] = tile * ROWS
             if first + ROWS <= M and starts[first] == starts[T.min(first + ROWS, M) - 1]:
-                _tile(
+                _rows(
                     ROWS,
                     GROUP,
-                    positions[first],
-                    lambda r, d: qkv[first + r, head, d] * (scale * T.float32(LOG2_E)),
-                    lambda p: numbers[starts[first] + p],
-                    lambda page, d, x: keys[layer, page, head, d, x],
-                    lambda page, j, d: values[layer, page, head, j, d],
-                    out,
                     first,
                     head,
+                    layer,
+                    scale,
+                    qkv,
+                    keys,
+                    values,
+                    positions,
+                    starts,
+                    numbers,
+                    out,
                     D,
                     CHUNK,
                     chunks(ROWS),
                 )
             else:
                 for row in T.serial(first, T.min(first + ROWS, M)):
-                    _tile(
+                    _rows(
                         1,
                         GROUP,
-                        positions[row],
-                        lambda r, d: qkv[row + r, head, d] * (scale * T.float32(LOG2_E)),
-                        lambda p: numbers[starts[row] + p],
-                        lambda page, d, x: keys[layer, page, head, d, x],
-                        lambda page, j, d: values[layer, page, head, j, d],
-                        out,
                         row,
                         head,
+                        layer,
+                        scale,
+                        qkv,
+                        keys,
+                        values,
+                        positions,
+                        starts,
+                        numbers,
+                        out,
                         D,
                         CHUNK,
                         chunks(1),
