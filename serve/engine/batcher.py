@@ -32,7 +32,10 @@ class BatcherConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """The sequences of one model call, and how many pending tokens of each it takes."""
+    """The sequences of one model call, and how many pending tokens of each it takes.
+
+    `phase`: which call. A "prefill" may take one token of decoding sequences too.
+    """
 
     phase: PhaseName
     sequences: Seq[Sequence]
@@ -50,6 +53,7 @@ class Batcher:
         assert limits.max_context <= limits.num_pages * limits.page_size, "a sequence always fits"
         self.max_running = min(config.max_running, limits.max_batch)
         self._max_step_tokens = min(config.prefill_chunk_tokens, limits.max_step_tokens)
+        self._mixes = limits.batch_invariant and limits.max_step_tokens >= limits.max_batch
         self.budget = KVBudget(limits.num_pages, limits.page_size)
         self._prefixes = PrefixCache(config.max_kept_prefixes, limits.page_size)
         self.waiting: deque[Sequence] = deque()
@@ -60,7 +64,11 @@ class Batcher:
         self.waiting.append(sequence)
 
     def next_batch(self, now: float) -> Batch | None:
-        """A prefill chunk *or* one decode step; they alternate while there is work for both."""
+        """A prefill chunk or a decode step.
+
+        While there is work for both, one call does both, if that changes nobody's logits: it reads
+        the weights once. Otherwise they alternate.
+        """
         while True:
             self._admit(now)
             if not self.running:
@@ -74,8 +82,13 @@ class Batcher:
     def _choose(self) -> Batch:
         prefilling = [s for s in self.running if s.phase is Phase.PREFILL]
         decoding = [s for s in self.running if s.phase is Phase.DECODE]
-        prefill = bool(prefilling) and not (decoding and self._last_phase == "prefill")
-        return self._prefill_batch(prefilling) if prefill else self._decode_batch(decoding)
+        if not prefilling:
+            return Batch("decode", decoding, [1] * len(decoding))
+        if self._mixes:
+            return self._prefill_batch(prefilling, decoding)
+        if decoding and self._last_phase == "prefill":
+            return Batch("decode", decoding, [1] * len(decoding))
+        return self._prefill_batch(prefilling, [])
 
     def computed(self, batch: Batch) -> None:
         """The runner has put the batch's tokens into the KV cache."""
@@ -167,19 +180,17 @@ class Batcher:
             if self._config.prefix_sharing:
                 self._observer.on_prefix_lookup(sequence.num_prompt_tokens, shared)
 
-    def _prefill_batch(self, sequences: list[Sequence]) -> Batch:
-        left = self._max_step_tokens
-        taken: list[tuple[Sequence, int]] = []
-        for sequence in sequences:
+    def _prefill_batch(self, prefilling: Seq[Sequence], decoding: Seq[Sequence]) -> Batch:
+        """A chunk of what is to prefill, and the decoding sequences' newest tokens with it."""
+        left = min(self._max_step_tokens, self._runner.limits.max_step_tokens - len(decoding))
+        taken = [(sequence, 1) for sequence in decoding]
+        for sequence in prefilling:
             if not left:
                 break
             num_tokens = min(sequence.num_pending, left)
             taken.append((sequence, num_tokens))
             left -= num_tokens
         return Batch("prefill", [s for s, _ in taken], [n for _, n in taken])
-
-    def _decode_batch(self, sequences: list[Sequence]) -> Batch:
-        return Batch("decode", sequences, [1] * len(sequences))
 
     def _make_room(self, batch: Batch) -> bool:
         """Whether the batch can run as it is; if pages are missing, preempt the newest sequence."""

@@ -20,11 +20,12 @@ from serve.engine.sampler import sample
 from serve.engine.sequence import (
     FinishEvent,
     FinishReason,
+    Phase,
     SamplingParams,
     Sequence,
     TokenEvent,
 )
-from serve.engine.stats import EngineObserver, Gauges, NullObserver, StepStats
+from serve.engine.stats import EngineObserver, Gauges, NullObserver, PhaseName, StepStats
 from serve.engine.stream import Outbox, Stream
 from serve.errors import ContextLengthError, EngineError, OverloadedError, RequestError
 
@@ -235,10 +236,10 @@ class Engine:
             self._fail(batch.sequences)
             return
         seconds = time.perf_counter() - start
+        shares = _stats(batch, seconds)
         self._batcher.computed(batch)
-        self._observer.on_step(
-            StepStats(batch.phase, seconds, sum(batch.num_tokens), len(batch.sequences))
-        )
+        for stats in shares:
+            self._observer.on_step(stats)
         self._extend(batch.sequences, logits)
 
     def _call(self, batch: Batch) -> Logits:
@@ -343,3 +344,17 @@ class Engine:
             num_pages_used=budget.num_used,
             num_pages_total=budget.num_pages,
         )
+
+
+def _stats(batch: Batch, seconds: float) -> list[StepStats]:
+    """Of each phase that is in the batch: of a step that does both, its share by tokens."""
+    shares = []
+    total = sum(batch.num_tokens)
+    phases: tuple[tuple[PhaseName, bool], ...] = (("prefill", False), ("decode", True))
+    for phase, decodes in phases:
+        items = zip(batch.sequences, batch.num_tokens, strict=True)
+        counts = [n for s, n in items if (s.phase is Phase.DECODE) == decodes]
+        if counts:
+            share = seconds * sum(counts) / total
+            shares.append(StepStats(phase, share, sum(counts), len(counts)))
+    return shares

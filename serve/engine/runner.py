@@ -25,6 +25,7 @@ class RunnerLimits:
     max_step_tokens: int  # tokens in one prefill step, over all its sequences
     page_size: int  # tokens per KV page
     num_pages: int  # KV pages in all
+    batch_invariant: bool = False  # logits do not depend on the call, nor on what else is in it
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ PhaseName = Literal["prefill", "decode"]
 
 @dataclass(frozen=True)
 class StepStats:
-    """One model call. `num_tokens` went into the KV cache: in decode, one for each sequence."""
+    """One model call, or one phase's share of it, if it did both.
+
+    `num_tokens` went into the KV cache: in decode, one for each sequence.
+    """
 
     phase: PhaseName
     seconds: float

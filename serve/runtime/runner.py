@@ -83,6 +83,7 @@ class TVMRunner:
             max_step_tokens=step_tokens,
             page_size=manifest.page_size,
             num_pages=num_pages,
+            batch_invariant=manifest.kv_cache == "pages",
         )
 
     @property

@@ -42,9 +42,15 @@ class Steps:
     batches: each step's phase, with the tokens that every sequence put in.
     """
 
-    def __init__(self, num_pages: int = 64, max_batch: int = 8, **config: object) -> None:
+    def __init__(
+        self, num_pages: int = 64, max_batch: int = 8, mixes: bool = False, **config: object
+    ) -> None:
         limits = replace(
-            LIMITS, num_pages=num_pages, max_context=min(200, 4 * num_pages), max_batch=max_batch
+            LIMITS,
+            num_pages=num_pages,
+            max_context=min(200, 4 * num_pages),
+            max_batch=max_batch,
+            batch_invariant=mixes,
         )
         self._num_pages = num_pages
         self.runner, self.observer = FakeRunner(replace(limits, vocab_size=97)), Observer()
@@ -181,18 +187,49 @@ def test_a_running_stream_waits_for_one_chunk_only() -> None:
     assert stream.num_generated == 12
 
 
+def test_what_decodes_goes_along_with_a_chunk_where_logits_know_no_batch() -> None:
+    steps = Steps(mixes=True)
+    streams = [steps.submit(ids(n, 4), max_tokens=5) for n in range(2)]
+    steps.run(2)
+    late = steps.submit(ids(2, 40), max_tokens=2)
+    steps.run()
+    assert steps.batches == [
+        ("prefill", {0: 4, 1: 4}),
+        ("decode", {0: 1, 1: 1}),
+        ("prefill", {0: 1, 1: 1, 2: 16}),
+        ("prefill", {0: 1, 1: 1, 2: 16}),
+        ("prefill", {0: 1, 1: 1, 2: 8}),
+        ("decode", {2: 1}),
+    ]
+    assert [s.num_generated for s in (*streams, late)] == [5, 5, 2]
+    steps.assert_empty()
+
+
+def test_a_mixed_step_stays_within_the_runners_limit() -> None:
+    steps = Steps(mixes=True, prefill_chunk_tokens=1000)
+    for n in range(7):
+        steps.submit(ids(n, 3), max_tokens=5)
+    steps.run(1)
+    steps.submit(ids(7, 100), max_tokens=1)
+    steps.run()
+    assert [sum(sizes.values()) for _, sizes in steps.batches[:4]] == [21, 64, 50, 7]
+
+
+@pytest.mark.parametrize("mixes", [True, False])
 @pytest.mark.parametrize("prefix_sharing", [True, False])
-def test_a_stream_of_arrivals_starves_nobody(prefix_sharing: bool) -> None:
-    steps = Steps(prefix_sharing=prefix_sharing)
+def test_a_stream_of_arrivals_starves_nobody(prefix_sharing: bool, mixes: bool) -> None:
+    steps = Steps(prefix_sharing=prefix_sharing, mixes=mixes)
     stream = steps.submit(ids(0, 4), max_tokens=30)
     steps.run(1)
     for n in range(58):
-        if stream.phase is not Phase.FINISHED:
-            steps.submit(ids(n, 30), max_tokens=1)
+        if stream.phase is Phase.FINISHED:
+            break
+        steps.submit(ids(n, 30), max_tokens=1)
         steps.run(1)
     assert stream.phase is Phase.FINISHED
-    phases = [phase for phase, sizes in steps.batches]
-    assert "prefill,prefill" not in ",".join(phases[:58])
+    if not mixes:
+        phases = [phase for phase, sizes in steps.batches]
+        assert "prefill,prefill" not in ",".join(phases[:58])
 
 
 def test_all_decode_together() -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -307,6 +308,30 @@ def test_what_the_observer_is_told() -> None:
     assert all(step.num_tokens == step.num_sequences for step in decodes)
     assert len(observer.steps) == len(runner.calls)
     assert len(observer.first_tokens) == 3
+
+
+def test_a_step_of_both_phases_is_told_as_two_with_its_seconds_shared_by_tokens() -> None:
+    observer, runner = Observer(), FakeRunner(replace(SMALL, batch_invariant=True))
+    runner.step_seconds = 0.01
+    with running(runner, EngineConfig(prefill_chunk_tokens=8), observer) as engine:
+
+        async def main() -> None:
+            streams = [engine.submit([n] * 20, GREEDY, share_key=None) for n in range(3)]
+            await asyncio.gather(*map(tokens, streams))
+
+        asyncio.run(main())
+    steps = observer.steps
+    assert sum(step.num_tokens for step in steps if step.phase == "prefill") == 60
+    assert sum(step.num_tokens for step in steps if step.phase == "decode") == 3 * 4
+    assert len(steps) > len(runner.calls)
+    pairs = [(a, b) for a, b in pairwise(steps) if (a.phase, b.phase) == ("prefill", "decode")]
+    shared = [(a, b) for a, b in pairs if a.seconds < 0.01]
+    assert len(shared) == len(steps) - len(runner.calls)
+    for prefill, decode in shared:
+        assert decode.seconds / decode.num_tokens == pytest.approx(
+            prefill.seconds / prefill.num_tokens
+        )
+        assert prefill.seconds + decode.seconds >= 0.01
 
 
 # -- what cannot be served

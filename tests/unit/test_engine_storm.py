@@ -102,12 +102,19 @@ class Setting:
     max_step_tokens: int
     config: EngineConfig
     failing: frozenset[int] = frozenset()
+    batch_invariant: bool = True
 
     @property
     def limits(self) -> RunnerLimits:
         max_context = min(200, self.num_pages * self.page_size)
         return RunnerLimits(
-            VOCAB, max_context, self.max_batch, self.max_step_tokens, self.page_size, self.num_pages
+            VOCAB,
+            max_context,
+            self.max_batch,
+            self.max_step_tokens,
+            self.page_size,
+            self.num_pages,
+            self.batch_invariant,
         )
 
 
@@ -217,21 +224,28 @@ class Steps:
 
     def __init__(self, engine: Engine, runner: FakeRunner) -> None:
         self.engine, self.runner = engine, runner
+        self._waited: set[Sequence] = set()  # decoding, and got no token in the last step
 
     async def step(self) -> None:
         engine = self.engine
         while not engine._inbox.empty():
             item = engine._inbox.get()
             engine._handle(item)  # type: ignore[arg-type]  # nobody shuts it down
-        decoding = {s for s in engine._batcher.running if s.phase is Phase.DECODE}
-        num_calls = len(self.runner.calls)
+        decoding = {s: s.num_generated for s in engine._batcher.running if s.phase is Phase.DECODE}
         engine._step()
         engine._publish()
         await asyncio.sleep(0)  # the events arrive
-        if num_calls and len(self.runner.calls) > num_calls:
-            last_two = [what for what, _ in self.runner.calls[-2:]]
-            waiting = decoding.intersection(engine._batcher.running)
-            assert last_two != ["prefill", "prefill"] or not waiting
+        waited = {s for s, n in decoding.items() if s.num_generated == n}.intersection(
+            s for s in engine._batcher.running if s.phase is Phase.DECODE
+        )
+        assert not waited & self._waited
+        assert self._alternates or not waited
+        self._waited = waited
+
+    @property
+    def _alternates(self) -> bool:
+        limits = self.runner.limits
+        return not limits.batch_invariant or limits.max_step_tokens < limits.max_batch
 
     @property
     def is_busy(self) -> bool:
@@ -273,7 +287,13 @@ def loads(draw: st.DrawFn) -> tuple[Setting, list[Request]]:
     )
     failing = draw(st.frozensets(st.integers(0, 60), max_size=4))
     setting = Setting(
-        num_pages, page_size, draw(st.integers(1, 8)), draw(st.integers(8, 40)), config, failing
+        num_pages,
+        page_size,
+        max_batch=draw(st.integers(1, 8)),
+        max_step_tokens=draw(st.integers(4, 40)),
+        config=config,
+        failing=failing,
+        batch_invariant=draw(st.booleans()),
     )
     return setting, draw(st.lists(requests(), min_size=1, max_size=14))
 
@@ -334,7 +354,7 @@ def test_a_crowd_on_few_pages(seed: int, sharing: bool) -> None:
         max_running=12, prefill_chunk_tokens=24, prefix_sharing=sharing, max_kept_prefixes=6
     )
     failing = frozenset(rng.sample(range(200), 5)) if seed % 2 else frozenset()
-    setting = Setting(30, 4, 12, 64, config, failing)
+    setting = Setting(30, 4, 12, 64, config, failing, batch_invariant=seed % 3 > 0)
     watcher = asyncio.run(storm(setting, random_requests(rng, 60, cancels=seed >= 2)))
     assert watcher.num_preemptions > 5
 
