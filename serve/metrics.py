@@ -23,12 +23,19 @@ from serve.engine import FinishEvent, Gauges, StepStats, ThroughputWindow
 # Its "_created" series would double the number of ours.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-Outcome = Literal["stop", "length", "cancelled", "error", "rejected"]
+Outcome = Literal["stop", "length", "cancelled", "timeout", "error", "rejected"]
 Source = Literal["cache", "compiled"]
 Buckets = tuple[float, ...]
 
 ENGINE = ("model", "backend", "profile")
-OUTCOMES: tuple[Outcome, ...] = ("stop", "length", "cancelled", "error", "rejected")
+OUTCOMES: tuple[Outcome, ...] = (
+    "stop",
+    "length",
+    "cancelled",
+    "timeout",
+    "error",
+    "rejected",
+)
 
 # From 100 µs, since this model decodes in milliseconds.
 SECONDS = tuple(n * unit for unit in (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0) for n in (1, 2.5, 5))
@@ -75,6 +82,12 @@ class Registry(CollectorRegistry):
         )
         self.preemptions = count(
             "dlight_preemptions_total", "Sequences sent back to the queue for want of KV pages"
+        )
+        self.drafted = count(
+            "dlight_speculation_drafted_tokens_total", "Tokens guessed by prompt lookup"
+        )
+        self.accepted = count(
+            "dlight_speculation_accepted_tokens_total", "Guessed tokens that proved right"
         )
 
     def _declare_steps(self) -> None:
@@ -155,6 +168,8 @@ class EngineMetrics:
         self._prefix_queried = registry.prefix_queried.labels(*labels)
         self._prefix_hits = registry.prefix_hits.labels(*labels)
         self._preemptions = registry.preemptions.labels(*labels)
+        self._drafted = registry.drafted.labels(*labels)
+        self._accepted = registry.accepted.labels(*labels)
         registry.engines.append(self)
 
     def on_step(self, stats: StepStats) -> None:
@@ -169,6 +184,10 @@ class EngineMetrics:
 
     def on_preemption(self) -> None:
         self._preemptions.inc()
+
+    def on_speculation(self, num_drafted: int, num_accepted: int) -> None:
+        self._drafted.inc(num_drafted)
+        self._accepted.inc(num_accepted)
 
     def on_finish(self, event: FinishEvent) -> None:
         times = event.timings

@@ -48,7 +48,7 @@ class Choice:
         """Raises the error with which the sequence ended, unless its text was complete before."""
         if isinstance(event, FinishEvent):
             self._finish(event)
-        elif self.finish_reason is None:
+        elif isinstance(event, TokenEvent) and self.finish_reason is None:
             self._extend(event)
 
     @property

@@ -6,9 +6,11 @@ from serve.engine.sequence import (
     Event,
     FinishEvent,
     FinishReason,
+    PromptEvent,
     SamplingParams,
     Timings,
     TokenEvent,
+    TokenLogprobs,
 )
 from serve.engine.stats import EngineObserver, Gauges, NullObserver, StepStats, ThroughputWindow
 from serve.engine.stream import Stream
@@ -25,6 +27,7 @@ __all__ = [
     "Logits",
     "ModelRunner",
     "NullObserver",
+    "PromptEvent",
     "RunnerLimits",
     "SamplingParams",
     "StepStats",
@@ -32,4 +35,5 @@ __all__ = [
     "ThroughputWindow",
     "Timings",
     "TokenEvent",
+    "TokenLogprobs",
 ]

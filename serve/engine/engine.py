@@ -13,11 +13,14 @@ import threading
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from serve.engine.admission import Admission
 from serve.engine.batcher import Batch, Batcher, BatcherConfig
 from serve.engine.runner import Chunk, Logits, ModelRunner, RunnerLimits
 from serve.engine.sampler import sample
 from serve.engine.sequence import (
+    EarlyEnd,
     FinishEvent,
     FinishReason,
     Phase,
@@ -26,8 +29,8 @@ from serve.engine.sequence import (
     TokenEvent,
 )
 from serve.engine.stats import EngineObserver, Gauges, NullObserver, PhaseName, StepStats
-from serve.engine.stream import Outbox, Stream
-from serve.errors import ContextLengthError, EngineError, OverloadedError, RequestError
+from serve.engine.stream import Outbox, Stream, StreamOutbox
+from serve.errors import EngineError
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +39,16 @@ log = logging.getLogger(__name__)
 class EngineConfig:
     """How the engine batches.
 
-    max_running: sequences computed side by side. max_waiting: sequences that may queue; one more is
-    refused. prefill_chunk_tokens: prompt tokens of one step, so the longest wait of a running
-    stream. prefix_sharing: reuse the KV pages of a common prompt head. max_kept_prefixes: finished
-    sequences kept for that; their pages are given up whenever they are needed.
+    max_running: sequences computed side by side. max_waiting, max_waiting_tokens: sequences that
+    may queue, and prompt tokens of theirs; more are refused. prefill_chunk_tokens: prompt tokens of
+    one step, so the longest wait of a running stream. prefix_sharing: reuse the KV pages of a
+    common prompt head. max_kept_prefixes: finished sequences kept for that; their pages are given
+    up whenever they are needed.
     """
 
     max_running: int = 32
     max_waiting: int = 1024
+    max_waiting_tokens: int = 262_144
     prefill_chunk_tokens: int = 256
     prefix_sharing: bool = True
     max_kept_prefixes: int = field(default=32, metadata={"at_least": 0})
@@ -52,13 +57,13 @@ class EngineConfig:
 @dataclass(frozen=True)
 class _Submission:
     sequence: Sequence
-    stream: Stream
+    address: Any
 
 
 @dataclass(frozen=True)
 class _Ending:
     sequence: Sequence
-    reason: FinishReason
+    reason: EarlyEnd
     num_generated: int | None  # what the client takes; None: all
 
 
@@ -77,6 +82,7 @@ class Engine:
         runner: ModelRunner,
         config: EngineConfig | None = None,
         observer: EngineObserver | None = None,
+        outbox: Outbox | None = None,
     ) -> None:
         config = config or EngineConfig()
         self._runner, self._config = runner, config
@@ -89,16 +95,17 @@ class Engine:
         )
         self._batcher = Batcher(runner, batching, self._observer)
         self._inbox: queue.SimpleQueue[_Submission | _Ending | _Shutdown] = queue.SimpleQueue()
-        self._live: dict[Sequence, Stream] = {}  # the engine thread's
-        self._outbox = Outbox()
+        self._live: dict[Sequence, Any] = {}  # the engine thread's; with their addresses
+        self._outbox: Outbox = outbox or StreamOutbox()
         self._ids = itertools.count()
-        self._lock = (
-            threading.Lock()
-        )  # guards the three below: no submission slips past a dying engine
-        self._accepting = True
-        self._num_unfinished = 0
-        self._error: BaseException | None = None
+        self._num_entered_tokens = 0
         self._gauges = self._measure()
+        self._admission = Admission(
+            runner.limits,
+            config.max_waiting + self._batcher.max_running,
+            config.max_waiting_tokens,
+            lambda: self._gauges,
+        )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- called from any thread
@@ -112,19 +119,23 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive() and self._error is None
+        return self._thread.is_alive() and self._admission.error is None
 
     @property
     def is_accepting(self) -> bool:
-        return self._accepting and self.is_alive
+        return self._admission.is_open and self.is_alive
 
     def gauges(self) -> Gauges:
         """The state after the last step.
 
         Submissions that the engine has not seen yet count as waiting.
         """
-        gauges = self._gauges
-        return replace(gauges, num_waiting=max(0, self._num_unfinished - gauges.num_running))
+        gauges, admission = self._gauges, self._admission
+        return replace(
+            gauges,
+            num_waiting=max(0, admission.num_unfinished - gauges.num_running),
+            num_waiting_tokens=admission.num_waiting_tokens,
+        )
 
     def submit(
         self, prompt_ids: Seq[int], params: SamplingParams, share_key: str | None = ""
@@ -135,58 +146,38 @@ class Engine:
         Raises RequestError (empty prompt, a token id outside the vocabulary, also in logit_bias),
         ContextLengthError, OverloadedError (the queue is full), EngineError (draining or dead).
         """
-        self._check(prompt_ids, params)
         loop = asyncio.get_running_loop()
-        with self._lock:
-            self._check_open()
-            sequence = Sequence(next(self._ids), tuple(prompt_ids), params, share_key)
-
-            def end(reason: FinishReason, num_generated: int | None) -> None:
-                self._inbox.put(_Ending(sequence, reason, num_generated))
-
-            stream = Stream(loop, end)
-            self._num_unfinished += 1
-            self._inbox.put(_Submission(sequence, stream))
+        # The sequence exists only once the stream does, which has to end it.
+        sequences: list[Sequence] = []
+        stream = Stream(loop, lambda reason, count: self.end(sequences[0], reason, count))
+        sequences.append(self.enqueue(prompt_ids, params, share_key, stream))
         return stream
+
+    def enqueue(
+        self, prompt_ids: Seq[int], params: SamplingParams, share_key: str | None, address: Any
+    ) -> Sequence:
+        """As `submit`, with the events going to `address`, as the outbox understands it."""
+        self._admission.check(prompt_ids, params)
+        sequence = Sequence(next(self._ids), tuple(prompt_ids), params, share_key)
+        with self._admission.lock:
+            self._admission.enter(len(prompt_ids))
+            self._inbox.put(_Submission(sequence, address))
+        return sequence
+
+    def end(self, sequence: Sequence, reason: EarlyEnd, num_generated: int | None = None) -> None:
+        """End it within one step, if it has not ended; safe from any thread."""
+        self._inbox.put(_Ending(sequence, reason, num_generated))
 
     async def drain(self, seconds: float) -> None:
         """Take no more sequences, give the unfinished so long, cancel the rest, stop."""
-        with self._lock:
-            self._accepting = False
+        self._admission.close()
         deadline = time.monotonic() + seconds
-        while self._num_unfinished and self.is_alive and time.monotonic() < deadline:
+        while self._admission.num_unfinished and self.is_alive and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         self._inbox.put(_Shutdown())
         if self._thread.ident is None:  # never started: somebody may have submitted all the same
             self._thread.start()
         await asyncio.to_thread(self._thread.join)
-
-    def _check(self, prompt_ids: Seq[int], params: SamplingParams) -> None:
-        limits = self._runner.limits
-        if not prompt_ids:
-            raise RequestError("The prompt is empty: give at least one token", param="prompt")
-        for param, token_ids in (("prompt", prompt_ids), ("logit_bias", params.logit_bias)):
-            for token_id in token_ids:
-                if not 0 <= token_id < limits.vocab_size:
-                    raise RequestError(
-                        f"Token id {token_id} is outside the vocabulary "
-                        f"(0 to {limits.vocab_size - 1})",
-                        param,
-                    )
-        if params.max_tokens < 1:
-            raise RequestError(f"max_tokens is {params.max_tokens}; at least 1", param="max_tokens")
-        if len(prompt_ids) + params.max_tokens > limits.max_context:
-            raise ContextLengthError(len(prompt_ids), params.max_tokens, limits.max_context)
-
-    def _check_open(self) -> None:
-        if self._error is not None:
-            raise EngineError("The engine has failed and takes no more requests")
-        if not self._accepting:
-            raise EngineError("The server is shutting down and takes no more requests")
-        if self._num_unfinished >= self._config.max_waiting + self._batcher.max_running:
-            raise OverloadedError(
-                f"{self._num_unfinished} sequences are queued or running; try again later", 1.0
-            )
 
     # -- in the engine thread
 
@@ -198,8 +189,7 @@ class Engine:
             self._cancel_all()
         except BaseException as error:
             log.exception("the engine has failed")
-            with self._lock:
-                self._error = error
+            self._admission.fail(error)
             self._abandon_all()
         finally:
             self._publish()
@@ -219,7 +209,8 @@ class Engine:
 
     def _handle(self, item: _Submission | _Ending) -> None:
         if isinstance(item, _Submission):
-            self._live[item.sequence] = item.stream
+            self._live[item.sequence] = item.address
+            self._num_entered_tokens += item.sequence.num_prompt_tokens
             self._batcher.submit(item.sequence)
         elif item.sequence in self._live:
             self._finish(item.sequence, item.reason, num_generated=item.num_generated)
@@ -239,6 +230,7 @@ class Engine:
         shares = _stats(batch, seconds)
         self._batcher.computed(batch)
         for stats in shares:
+            self._admission.on_step(stats)
             self._observer.on_step(stats)
         self._extend(batch.sequences, logits)
 
@@ -308,8 +300,7 @@ class Engine:
             error,
         )
         self._outbox.put(self._live.pop(sequence), event)
-        with self._lock:
-            self._num_unfinished -= 1
+        self._admission.leave()
         self._observer.on_finish(event)
 
     def _cancel_all(self) -> None:
@@ -322,7 +313,8 @@ class Engine:
         while not self._inbox.empty():
             item = self._inbox.get()
             if isinstance(item, _Submission):
-                self._live[item.sequence] = item.stream
+                self._live[item.sequence] = item.address
+                self._num_entered_tokens += item.sequence.num_prompt_tokens
         self._batcher.abandon()
         error = EngineError("The engine has failed")
         for sequence in list(self._live):
@@ -343,6 +335,10 @@ class Engine:
             num_waiting_tokens=sum(s.num_pending for s in waiting),
             num_pages_used=budget.num_used,
             num_pages_total=budget.num_pages,
+            num_waiting_completion_tokens=sum(
+                s.max_length - s.num_generated - s.num_prompt_tokens for s in waiting
+            ),
+            num_entered_tokens=self._num_entered_tokens,
         )
 
 

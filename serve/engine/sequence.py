@@ -22,7 +22,11 @@ class SamplingParams:
     best token's probability. presence/frequency penalties count generated tokens,
     repetition_penalty (1 is off) counts the prompt's too. logit_bias: token id -> added to its
     logit. seed: the same seed, prompt and parameters give the same tokens whatever else runs; None
-    draws one.
+    draws one. num_logprobs: how many alternatives to report with each token's log-probability;
+    None reports nothing. num_prompt_logprobs: the same for the prompt's tokens. grammar: what the
+    text must match, as the engine's Constrain takes it.
+
+    max_tokens may be 0: then the prompt alone is computed.
     """
 
     max_tokens: int = 16
@@ -39,9 +43,13 @@ class SamplingParams:
         frozenset()
     )  # with the end-of-text token, unless the client ignores it
     min_tokens: int = 0  # no stop token before so many
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    grammar: str | None = None
 
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+EarlyEnd = Literal["stop", "cancelled", "timeout"]  # what a client can end a sequence with
 
 
 @dataclass(frozen=True)
@@ -54,14 +62,37 @@ class Timings:
 
 
 @dataclass(frozen=True)
-class TokenEvent:
-    """One generated token. `is_stop`.
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities: before temperature, penalties and bias.
 
-    It is one of the stop tokens, so its text is not part of the answer.
+    `top`: (token id, log-probability) of the most probable tokens, best first; as many as asked.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptEvent:
+    """The prompt's log-probabilities, if they were asked for; before any token.
+
+    One entry for each token of the prompt; the first, which nothing precedes, is None.
+    """
+
+    logprobs: tuple[TokenLogprobs | None, ...]
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token.
+
+    `is_stop`: it is one of the stop tokens, so its text is not part of the answer. `logprobs`: if
+    they were asked for.
     """
 
     token_id: int
     is_stop: bool = False
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +107,7 @@ class FinishEvent:
     error: Exception | None = None
 
 
-Event = TokenEvent | FinishEvent
+Event = PromptEvent | TokenEvent | FinishEvent
 
 
 class Phase(Enum):

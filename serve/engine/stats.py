@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from serve.engine.sequence import FinishEvent
@@ -30,13 +30,19 @@ class StepStats:
 
 @dataclass(frozen=True)
 class Gauges:
-    """The engine's state at this moment."""
+    """The engine's state after a step.
 
-    num_running: int
-    num_waiting: int
-    num_waiting_tokens: int
-    num_pages_used: int
-    num_pages_total: int
+    num_waiting_completion_tokens: what the queued may generate at most. num_entered_tokens: of all
+    the prompts that the engine has ever seen.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    num_pages_used: int = 0
+    num_pages_total: int = 0
+    num_waiting_completion_tokens: int = 0
+    num_entered_tokens: int = field(default=0, compare=False)
 
 
 class EngineObserver(Protocol):
@@ -46,6 +52,7 @@ class EngineObserver(Protocol):
     def on_first_token(self, seconds: float) -> None: ...
     def on_prefix_lookup(self, num_queried: int, num_hit: int) -> None: ...
     def on_preemption(self) -> None: ...
+    def on_speculation(self, num_drafted: int, num_accepted: int) -> None: ...
     def on_finish(self, event: FinishEvent) -> None: ...
 
 
@@ -62,6 +69,9 @@ class NullObserver:
         """Not recorded."""
 
     def on_preemption(self) -> None:
+        """Not recorded."""
+
+    def on_speculation(self, num_drafted: int, num_accepted: int) -> None:
         """Not recorded."""
 
     def on_finish(self, event: FinishEvent) -> None:

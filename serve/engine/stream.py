@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
-from serve.engine.sequence import Event, FinishEvent, FinishReason
+from serve.engine.sequence import EarlyEnd, Event, FinishEvent
 
 
 class Stream:
@@ -17,7 +18,7 @@ class Stream:
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, end: Callable[[FinishReason, int | None], None]
+        self, loop: asyncio.AbstractEventLoop, end: Callable[[EarlyEnd, int | None], None]
     ) -> None:
         self._loop, self._end = loop, end
         self._events: deque[Event] = deque()
@@ -28,9 +29,9 @@ class Stream:
     def loop(self) -> asyncio.AbstractEventLoop:
         return self._loop
 
-    def cancel(self) -> None:
+    def cancel(self, reason: Literal["cancelled", "timeout"] = "cancelled") -> None:
         """End the sequence within one step; safe from any thread, and after the end."""
-        self._end("cancelled", None)
+        self._end(reason, None)
 
     def stop(self, num_generated: int) -> None:
         """As cancel, where these many tokens are the whole answer: they hold a stop string."""
@@ -60,14 +61,23 @@ class Stream:
         self._arrived.set()
 
 
-class Outbox:
-    """Collects a step's events and wakes each loop once. Used by the engine thread only."""
+class Outbox(Protocol):
+    """Where the engine thread leaves its events. `address`: what the submission came with."""
+
+    def put(self, address: Any, event: Event) -> None: ...
+
+    def flush(self) -> None:
+        """Send what was put since the last time: a step's events."""
+
+
+class StreamOutbox:
+    """To Streams: collects a step's events and wakes each loop once. For one thread."""
 
     def __init__(self) -> None:
         self._pending: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Event]]] = {}
 
-    def put(self, stream: Stream, event: Event) -> None:
-        self._pending.setdefault(stream.loop, []).append((stream, event))
+    def put(self, address: Stream, event: Event) -> None:
+        self._pending.setdefault(address.loop, []).append((address, event))
 
     def flush(self) -> None:
         pending, self._pending = self._pending, {}

@@ -343,7 +343,7 @@ def test_a_step_of_both_phases_is_told_as_two_with_its_seconds_shared_by_tokens(
         ([], GREEDY, "prompt"),
         ([97], GREEDY, "prompt"),
         ([1, -1], GREEDY, "prompt"),
-        ([1], replace(GREEDY, max_tokens=0), "max_tokens"),
+        ([1], replace(GREEDY, max_tokens=-1), "max_tokens"),
         ([1], replace(GREEDY, logit_bias={97: 1.0}), "logit_bias"),
         ([1], replace(GREEDY, logit_bias={-1: 1.0}), "logit_bias"),
     ],
@@ -440,7 +440,7 @@ def test_gauges_while_some_run_and_some_wait() -> None:
         streams = [engine.submit([0, 1, 2, 3], replace(GREEDY, max_tokens=3)) for _ in range(4)]
         paced.step(2)  # before the second one the engine reads all that was submitted
         assert [await anext(streams[0]) for _ in range(2)] == [TokenEvent(4), TokenEvent(5)]
-        assert engine.gauges() == Gauges(1, 3, 12, 2, 512)  # the newest token is in no page yet
+        assert engine.gauges() == Gauges(1, 3, 12, 2, 512, 9)  # the newest token is in no page yet
         for stream in streams[1:]:
             stream.cancel()
         paced.step()

@@ -11,7 +11,7 @@ import pytest
 
 from serve.engine import Event, FinishEvent, Stream, TokenEvent
 from serve.engine.sequence import FinishReason
-from serve.engine.stream import Outbox
+from serve.engine.stream import StreamOutbox
 
 pytestmark = pytest.mark.unit
 
@@ -131,7 +131,7 @@ def test_a_step_wakes_a_loop_once() -> None:
     loop = CountingLoop()
 
     async def main() -> None:
-        streams, outbox = [make_stream() for _ in range(3)], Outbox()
+        streams, outbox = [make_stream() for _ in range(3)], StreamOutbox()
         for event in EVENTS:
             for stream in streams:
                 outbox.put(stream, event)
@@ -161,7 +161,7 @@ def test_a_loop_that_has_closed_disturbs_no_other() -> None:
     closed = [asyncio.run(make()), ClosingLoop().run_until_complete(make())]
 
     async def main() -> None:
-        outbox, stream = Outbox(), make_stream()
+        outbox, stream = StreamOutbox(), make_stream()
         for event in EVENTS:
             for receiver in (closed[0], stream, closed[1]):
                 outbox.put(receiver, event)

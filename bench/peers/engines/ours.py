@@ -15,7 +15,7 @@ from bench.peers.protocol import Generated, Load
 from serve import launch
 from serve.backends import get_backend
 from serve.config import Settings, load_settings
-from serve.engine import Chunk, Engine, Logits, SamplingParams, TokenEvent
+from serve.engine import Chunk, Engine, FinishEvent, Logits, SamplingParams, TokenEvent
 from serve.runtime.runner import TVMRunner
 from serve.runtime.weights import DeviceWeights
 
@@ -127,7 +127,7 @@ class OursAtOnce:
                     tokens.append(event.token_id)
                     if len(tokens) == 1:
                         firsts.append(time.perf_counter() - start)
-                elif event.error is not None:
+                elif isinstance(event, FinishEvent) and event.error is not None:
                     raise event.error
             return tokens
 
