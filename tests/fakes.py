@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from serve.engine import Chunk, Logits, RunnerLimits
+from serve.api.admin import LibraryState, ReloadReport
+from serve.engine import Chunk, Logits, Row, RunnerLimits
+from serve.errors import ConflictError, RequestError
 
 NextToken = Callable[[Sequence[int]], int]
 
@@ -30,6 +33,16 @@ def hashed(vocab_size: int = 50257) -> NextToken:
         for token_id in ids:
             value = (value * 1_000_003 + token_id + 1) % 2_147_483_647
         return value % vocab_size
+
+    return next_token
+
+
+def looping(vocab_size: int) -> NextToken:
+    """A next token that, four times out of five, depends on the newest one only: it goes round."""
+    everything = hashed(vocab_size)
+
+    def next_token(ids: Sequence[int]) -> int:
+        return everything(ids if ids[-1] % 5 == 0 else ids[-1:])
 
     return next_token
 
@@ -58,6 +71,43 @@ class Paced:
 
     def step(self, num_tokens: int = 1) -> None:
         self._permits.release(num_tokens)
+
+
+class FakeConstraint:
+    """The tokens before the end are, modulo `text`'s first number, 0, 1, 2, and so on.
+
+    `text`: that number, how many tokens there are at least and at most, and the end-of-text token,
+    such as "3 2 7 0". A wrong call is an AssertionError.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._modulus, self._at_least, self._at_most, self._eos = map(int, text.split())
+        self._count = 0
+        self.is_over = False
+
+    def mask(self, row: Row) -> None:
+        assert not self.is_over
+        ids = np.arange(len(row))
+        is_allowed = (ids % self._modulus == self._count % self._modulus) & (ids != self._eos)
+        is_allowed &= self._count < self._at_most
+        is_allowed[self._eos] = self._count >= self._at_least
+        row[~is_allowed] = -np.inf
+
+    def accept(self, token_id: int) -> None:
+        assert self.allowed([token_id]) == 1
+        self.is_over = token_id == self._eos
+        self._count += 1
+
+    def allowed(self, token_ids: Sequence[int]) -> int:
+        if self.is_over:
+            return 0
+        for n, token_id in enumerate(token_ids):
+            at = self._count + n
+            if token_id == self._eos:
+                return n + (at >= self._at_least)
+            if at >= self._at_most or token_id % self._modulus != at % self._modulus:
+                return n
+        return len(token_ids)
 
 
 class FakeRunner:
@@ -123,9 +173,11 @@ class FakeRunner:
         return self._logits([self.tokens[seq_id] for seq_id in seq_ids])
 
     def verify(self, chunks: Sequence[Chunk]) -> Logits:
+        assert sum(len(chunk.token_ids) for chunk in chunks) <= self._limits.max_step_tokens
         self._step("verify", [chunk.seq_id for chunk in chunks])
         heads = []
         for chunk in chunks:
+            assert chunk.token_ids
             for token_id in chunk.token_ids:
                 self._append(chunk.seq_id, [token_id])
                 heads.append(list(self.tokens[chunk.seq_id]))
@@ -137,6 +189,10 @@ class FakeRunner:
         del tokens[len(tokens) - num_tokens :]
         while len(pages) > self._pages_for(len(tokens)):
             self._holders[pages.pop()] -= 1
+        if len(tokens) % self._limits.page_size and self._holders[pages[-1]] > 1:
+            self._holders[pages.pop()] -= 1
+            assert 0 in self._holders, "out of KV pages"
+            self._hold(seq_id, self._holders.index(0))
 
     def release(self, seq_id: int) -> None:
         self._check_thread()
@@ -193,3 +249,60 @@ class FakeRunner:
         for row, ids in enumerate(heads):
             logits[row, self._next_token(ids)] = self._peak
         return logits
+
+
+class FakeAdmin:
+    """An Admin over names alone: profiles that exist, and those that are "loaded"."""
+
+    def __init__(self) -> None:
+        self._known, self._loaded, self._default = ("baseline", "full"), {"full"}, "full"
+
+    async def load(self, profile: str, backend: str | None, wait: bool) -> LibraryState:
+        self._check(profile, backend)
+        self._loaded.add(profile)
+        return self._state(profile, None if wait else "queued")
+
+    async def unload(self, profile: str, backend: str | None, wait: bool) -> LibraryState:  # noqa: ARG002
+        self._check(profile, backend)
+        if profile == self._default:
+            raise ConflictError(f"{profile} is the default")
+        if profile not in self._loaded:
+            raise RequestError(f"{profile} is not loaded", "profile")
+        self._loaded.remove(profile)
+        return self._state(profile, None)
+
+    async def make_default(self, profile: str, backend: str | None, wait: bool) -> LibraryState:
+        state = await self.load(profile, backend, wait)
+        self._default = profile
+        return state
+
+    async def reload(self) -> ReloadReport:
+        return ReloadReport(changed=[], libraries=self.states())
+
+    def states(self) -> list[LibraryState]:
+        return [self._state(profile, None) for profile in sorted(self._loaded)]
+
+    def profiles(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": name,
+                "description": "",
+                "rules": {},
+                "libraries": [self._state(n, None).model_dump() for n in self._loaded if n == name],
+            }
+            for name in self._known
+        ]
+
+    def _check(self, profile: str, backend: str | None) -> None:
+        if profile not in self._known or backend not in (None, "cpu"):
+            raise RequestError(f"no profile {profile!r} for {backend!r}", "profile")
+
+    def _state(self, profile: str, phase: str | None) -> LibraryState:
+        return LibraryState(
+            profile=profile,
+            backend="cpu",
+            name=f"gettysburg@cpu:{profile}",
+            state="loaded" if phase is None else "loading",
+            phase=phase,
+            is_default=profile == self._default,
+        )

@@ -1,7 +1,8 @@
 """Continuous batching over a ModelRunner. Speaks token ids; knows nothing of TVM, text or HTTP."""
 
+from serve.engine.constraint import Constrain, Constraint
 from serve.engine.engine import Engine, EngineConfig
-from serve.engine.runner import Chunk, Logits, ModelRunner, RunnerLimits
+from serve.engine.runner import Chunk, Logits, ModelRunner, Row, RunnerLimits
 from serve.engine.sequence import (
     Event,
     FinishEvent,
@@ -17,6 +18,8 @@ from serve.engine.stream import Stream
 
 __all__ = [
     "Chunk",
+    "Constrain",
+    "Constraint",
     "Engine",
     "EngineConfig",
     "EngineObserver",
@@ -28,6 +31,7 @@ __all__ = [
     "ModelRunner",
     "NullObserver",
     "PromptEvent",
+    "Row",
     "RunnerLimits",
     "SamplingParams",
     "StepStats",

@@ -55,15 +55,32 @@ class Admission:
             raise ContextLengthError(len(prompt_ids), params.max_tokens, self._limits.max_context)
 
     def enter(self, num_prompt_tokens: int) -> None:
-        """Count one more sequence. Raises OverloadedError, and EngineError if closed or dead."""
+        """Count one more sequence. Raises as check_room."""
+        self.check_room(1, num_prompt_tokens)
+        self.num_unfinished += 1
+        self._num_entered_tokens += num_prompt_tokens
+
+    def check_room(self, num_sequences: int, num_prompt_tokens: int) -> None:
+        """Whether a request's sequences may all come in, with so many prompt tokens in all.
+
+        Raises OverloadedError, RequestError if they never could, and EngineError if closed or dead.
+        """
+        if num_sequences > self._max_unfinished:
+            raise RequestError(
+                f"The request asks for {num_sequences} sequences; this server runs and queues "
+                f"{self._max_unfinished} at most",
+                "n",
+                "too_many_sequences",
+            )
         if self.error is not None:
-            raise EngineError("The engine has failed and takes no more requests")
+            raise EngineError("The engine has failed and takes no more requests", "engine_dead")
         if not self.is_open:
-            raise EngineError("The server is shutting down and takes no more requests")
-        if self.num_unfinished >= self._max_unfinished:
+            raise EngineError("The server is shutting down and takes no more requests", "draining")
+        if self.num_unfinished + num_sequences > self._max_unfinished:
             raise OverloadedError(
                 f"{self.num_unfinished} sequences are queued or running; try again later",
                 self._seconds_to_wait(),
+                "queue_full",
             )
         waiting = self.num_waiting_tokens
         if waiting and waiting + num_prompt_tokens > self._max_waiting_tokens:
@@ -71,9 +88,8 @@ class Admission:
                 f"{waiting} prompt tokens are queued; with {num_prompt_tokens} more it would be "
                 f"over {self._max_waiting_tokens}; try again later",
                 self._seconds_to_wait(),
+                "queue_tokens",
             )
-        self.num_unfinished += 1
-        self._num_entered_tokens += num_prompt_tokens
 
     def leave(self) -> None:
         """A sequence has ended."""

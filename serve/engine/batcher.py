@@ -1,6 +1,6 @@
 """Choose the next batch. Knows sequences and the KV budget.
 
-Calls the runner only to open and close sequences.
+Calls the runner only to open, cut and close sequences.
 
 Order of life: waiting -> prefill (in chunks) -> decode -> finished. When pages run out, the prefix
 cache is evicted first; then the newest running sequence goes back to the head of the queue and is
@@ -9,15 +9,20 @@ computed again.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from serve.engine.drafter import Drafter
 from serve.engine.kv_budget import KVBudget
 from serve.engine.prefix_cache import PrefixCache
 from serve.engine.runner import ModelRunner
 from serve.engine.sequence import Phase, Sequence
 from serve.engine.stats import EngineObserver, PhaseName
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,32 @@ class BatcherConfig:
     prefill_chunk_tokens: int
     prefix_sharing: bool
     max_kept_prefixes: int
+    speculative_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Batch:
     """The sequences of one model call, and how many pending tokens of each it takes.
 
-    `phase`: which call. A "prefill" may take one token of decoding sequences too.
+    A "prefill" may take one token of decoding sequences too. drafts: guesses of what comes after a
+    decoding sequence's token, computed along with it.
     """
 
     phase: PhaseName
     sequences: Seq[Sequence]
     num_tokens: Seq[int]
+    drafts: Mapping[Sequence, Seq[int]] = field(default_factory=dict)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether somebody needs the logits after every token, not just after the last."""
+        return bool(self.drafts) or any(s.prompt_logprobs is not None for s in self.sequences)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many tokens of each sequence go in, its draft included."""
+        items = zip(self.sequences, self.num_tokens, strict=True)
+        return [n + len(self.drafts.get(s, ())) for s, n in items]
 
 
 class Batcher:
@@ -59,8 +78,13 @@ class Batcher:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self._last_phase: PhaseName = "decode"
+        self._speculative_tokens = config.speculative_tokens if limits.batch_invariant else 0
+        if self._speculative_tokens < config.speculative_tokens:
+            log.warning("no speculative decoding: these logits depend on what else is in the call")
 
     def submit(self, sequence: Sequence) -> None:
+        if self._speculative_tokens:
+            sequence.drafter = Drafter(self._speculative_tokens)
         self.waiting.append(sequence)
 
     def next_batch(self, now: float) -> Batch | None:
@@ -76,7 +100,7 @@ class Batcher:
             batch = self._choose()
             if self._make_room(batch):
                 self._last_phase = batch.phase
-                return batch
+                return self._with_drafts(batch) if batch.phase == "decode" else batch
             # Somebody was preempted: choose again.
 
     def _choose(self) -> Batch:
@@ -91,12 +115,23 @@ class Batcher:
         return self._prefill_batch(prefilling, [])
 
     def computed(self, batch: Batch) -> None:
-        """The runner has put the batch's tokens into the KV cache."""
-        for sequence, num_tokens in zip(batch.sequences, batch.num_tokens, strict=True):
-            self.budget.append(sequence.seq_id, num_tokens)
+        """The runner has put the batch's tokens into the KV cache, drafts included."""
+        for sequence, num_tokens, size in zip(
+            batch.sequences, batch.num_tokens, batch.sizes, strict=True
+        ):
+            self.budget.append(sequence.seq_id, size)
             sequence.num_computed += num_tokens
             if not sequence.num_pending:
                 sequence.phase = Phase.DECODE
+
+    def settle(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
+        """So much of its draft was right, and is in token_ids; take the rest out of the cache."""
+        assert sequence.drafter is not None
+        sequence.drafter.judge(num_drafted, num_accepted)
+        sequence.num_computed += num_accepted
+        if num_accepted < num_drafted:
+            self.budget.rollback(sequence.seq_id, num_drafted - num_accepted)
+            self._runner.rollback(sequence.seq_id, num_drafted - num_accepted)
 
     def finish(self, sequence: Sequence, reusable: bool = True) -> None:
         """Take the sequence out; its pages stay as a prefix to share, if they can (`reusable`)."""
@@ -106,6 +141,7 @@ class Batcher:
             self.running.remove(sequence)
             self._close(sequence, reusable)
         sequence.phase = Phase.FINISHED
+        sequence.drafter = sequence.constraint = None  # a kept prefix needs neither
 
     def _close(self, sequence: Sequence, reusable: bool) -> None:
         if reusable and self._config.prefix_sharing and self._prefixes.keep(sequence):
@@ -144,7 +180,8 @@ class Batcher:
         return len(self.running) < self.max_running and to_prefill < self._max_step_tokens
 
     def _find_prefix(self, sequence: Sequence) -> tuple[Sequence | None, int]:
-        if not self._config.prefix_sharing:
+        """Another's head; none for a sequence whose client wants the logits after every token."""
+        if not self._config.prefix_sharing or sequence.prompt_logprobs is not None:
             return None, 0
         return self._prefixes.find(sequence, self.running) or (None, 0)
 
@@ -191,6 +228,36 @@ class Batcher:
             taken.append((sequence, num_tokens))
             left -= num_tokens
         return Batch("prefill", [s for s, _ in taken], [n for _, n in taken])
+
+    def _with_drafts(self, batch: Batch) -> Batch:
+        """A decode batch with guesses, as many as its call and the free pages have room for."""
+        room = self._runner.limits.max_step_tokens - len(batch.sequences)
+        num_free = self.budget.num_free
+        num_free -= sum(self.budget.needed(s.seq_id, 1) for s in batch.sequences)
+        drafts = {}
+        for sequence in batch.sequences:
+            needed = self.budget.needed(sequence.seq_id, 1)
+            at_most = self.budget.room(sequence.seq_id, needed + num_free) - 1
+            draft = self._guess(sequence, min(room, at_most))
+            if draft:
+                drafts[sequence] = draft
+                room -= len(draft)
+                num_free -= self.budget.needed(sequence.seq_id, 1 + len(draft)) - needed
+        return replace(batch, drafts=drafts)
+
+    def _guess(self, sequence: Sequence, at_most: int) -> list[int]:
+        """Of those that may be generated; a token comes after the last of them."""
+        at_most = min(at_most, sequence.params.max_tokens - sequence.num_generated - 1)
+        if sequence.drafter is None or at_most <= 0:
+            return []
+        draft = sequence.drafter.guess(sequence.token_ids, at_most)
+        if not draft or sequence.constraint is None:
+            return draft
+        try:
+            return draft[: sequence.constraint.allowed(draft)]
+        except Exception:  # if it is broken, that shows when the next token is chosen
+            log.exception("sequence %d: no draft", sequence.seq_id)
+            return []
 
     def _make_room(self, batch: Batch) -> bool:
         """Whether the batch can run as it is; if pages are missing, preempt the newest sequence."""

@@ -15,22 +15,27 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from serve.engine.admission import Admission
 from serve.engine.batcher import Batch, Batcher, BatcherConfig
+from serve.engine.constraint import Constrain, Constraint
+from serve.engine.generate import generate, read_prompt
 from serve.engine.runner import Chunk, Logits, ModelRunner, RunnerLimits
-from serve.engine.sampler import sample
 from serve.engine.sequence import (
     EarlyEnd,
     FinishEvent,
     FinishReason,
     Phase,
+    PromptEvent,
     SamplingParams,
     Sequence,
     TokenEvent,
+    TokenLogprobs,
 )
 from serve.engine.stats import EngineObserver, Gauges, NullObserver, PhaseName, StepStats
 from serve.engine.stream import Outbox, Stream, StreamOutbox
-from serve.errors import EngineError
+from serve.errors import EngineError, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +48,8 @@ class EngineConfig:
     may queue, and prompt tokens of theirs; more are refused. prefill_chunk_tokens: prompt tokens of
     one step, so the longest wait of a running stream. prefix_sharing: reuse the KV pages of a
     common prompt head. max_kept_prefixes: finished sequences kept for that; their pages are given
-    up whenever they are needed.
+    up whenever they are needed. speculative_tokens: guessed of each sequence in a decode step, at
+    most; 0 guesses nothing. They change no answer.
     """
 
     max_running: int = 32
@@ -52,6 +58,7 @@ class EngineConfig:
     prefill_chunk_tokens: int = 256
     prefix_sharing: bool = True
     max_kept_prefixes: int = field(default=32, metadata={"at_least": 0})
+    speculative_tokens: int = field(default=0, metadata={"at_least": 0})
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class _Submission:
 
 @dataclass(frozen=True)
 class _Ending:
-    sequence: Sequence
+    address: Any
     reason: EarlyEnd
     num_generated: int | None  # what the client takes; None: all
 
@@ -83,7 +90,9 @@ class Engine:
         config: EngineConfig | None = None,
         observer: EngineObserver | None = None,
         outbox: Outbox | None = None,
+        constrain: Constrain | None = None,
     ) -> None:
+        """`constrain`: makes the constraint of a request with a grammar; None refuses those."""
         config = config or EngineConfig()
         self._runner, self._config = runner, config
         self._observer: EngineObserver = observer or NullObserver()
@@ -92,11 +101,15 @@ class Engine:
             config.prefill_chunk_tokens,
             config.prefix_sharing,
             config.max_kept_prefixes,
+            config.speculative_tokens,
         )
         self._batcher = Batcher(runner, batching, self._observer)
         self._inbox: queue.SimpleQueue[_Submission | _Ending | _Shutdown] = queue.SimpleQueue()
         self._live: dict[Sequence, Any] = {}  # the engine thread's; with their addresses
+        self._by_address: dict[Any, Sequence] = {}
         self._outbox: Outbox = outbox or StreamOutbox()
+        self._constrain: Constrain = constrain or _refuse
+        self._step_began: float | None = None
         self._ids = itertools.count()
         self._num_entered_tokens = 0
         self._gauges = self._measure()
@@ -125,6 +138,12 @@ class Engine:
     def is_accepting(self) -> bool:
         return self._admission.is_open and self.is_alive
 
+    @property
+    def busy_seconds(self) -> float:
+        """How long the step has taken that runs at this moment; 0 if none does."""
+        began = self._step_began
+        return 0.0 if began is None else time.perf_counter() - began
+
     def gauges(self) -> Gauges:
         """The state after the last step.
 
@@ -143,30 +162,35 @@ class Engine:
         """Queue a sequence. Call it in a running asyncio loop.
 
         `share_key`: KV pages are shared among sequences with equal keys only; None never shares.
-        Raises RequestError (empty prompt, a token id outside the vocabulary, also in logit_bias),
-        ContextLengthError, OverloadedError (the queue is full), EngineError (draining or dead).
+        Raises RequestError (empty prompt, a token id outside the vocabulary, also in logit_bias, a
+        grammar that cannot be used), ContextLengthError, OverloadedError (the queue is full),
+        EngineError (draining or dead).
         """
-        loop = asyncio.get_running_loop()
-        # The sequence exists only once the stream does, which has to end it.
-        sequences: list[Sequence] = []
-        stream = Stream(loop, lambda reason, count: self.end(sequences[0], reason, count))
-        sequences.append(self.enqueue(prompt_ids, params, share_key, stream))
+        stream = Stream(asyncio.get_running_loop(), self.end)
+        self.enqueue(prompt_ids, params, share_key, stream)
         return stream
 
     def enqueue(
         self, prompt_ids: Seq[int], params: SamplingParams, share_key: str | None, address: Any
-    ) -> Sequence:
+    ) -> None:
         """As `submit`, with the events going to `address`, as the outbox understands it."""
         self._admission.check(prompt_ids, params)
-        sequence = Sequence(next(self._ids), tuple(prompt_ids), params, share_key)
+        constraint = None if params.grammar is None else self._constrain(params.grammar)
+        sequence = Sequence(next(self._ids), tuple(prompt_ids), params, share_key, constraint)
         with self._admission.lock:
             self._admission.enter(len(prompt_ids))
             self._inbox.put(_Submission(sequence, address))
-        return sequence
 
-    def end(self, sequence: Sequence, reason: EarlyEnd, num_generated: int | None = None) -> None:
-        """End it within one step, if it has not ended; safe from any thread."""
-        self._inbox.put(_Ending(sequence, reason, num_generated))
+    def check_room(self, num_sequences: int, num_prompt_tokens: int) -> None:
+        """Whether so many may be submitted now, with so many prompt tokens in all.
+
+        Raises OverloadedError, RequestError if they never could be, EngineError (draining or dead).
+        """
+        self._admission.check_room(num_sequences, num_prompt_tokens)
+
+    def end(self, address: Any, reason: EarlyEnd, num_generated: int | None = None) -> None:
+        """End its sequence within one step, if it has not ended; safe from any thread."""
+        self._inbox.put(_Ending(address, reason, num_generated))
 
     async def drain(self, seconds: float) -> None:
         """Take no more sequences, give the unfinished so long, cancel the rest, stop."""
@@ -184,8 +208,10 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._take_inbox():
+                self._step_began = time.perf_counter()
                 self._step()
                 self._publish()
+                self._step_began = None
             self._cancel_all()
         except BaseException as error:
             log.exception("the engine has failed")
@@ -211,9 +237,11 @@ class Engine:
         if isinstance(item, _Submission):
             self._live[item.sequence] = item.address
             self._num_entered_tokens += item.sequence.num_prompt_tokens
+            self._by_address[item.address] = item.sequence
             self._batcher.submit(item.sequence)
-        elif item.sequence in self._live:
-            self._finish(item.sequence, item.reason, num_generated=item.num_generated)
+        elif item.address in self._by_address:
+            sequence = self._by_address[item.address]
+            self._finish(sequence, item.reason, num_generated=item.num_generated)
 
     def _step(self) -> None:
         batch = self._batcher.next_batch(time.perf_counter())
@@ -229,45 +257,79 @@ class Engine:
         seconds = time.perf_counter() - start
         shares = _stats(batch, seconds)
         self._batcher.computed(batch)
+        num_accepted = 0
+        for sequence, rows in zip(batch.sequences, _rows(batch, logits), strict=True):
+            num_accepted += self._extend(sequence, rows, batch.drafts.get(sequence, ()))
+        if batch.drafts:
+            [decode] = shares
+            shares = [replace(decode, num_tokens=decode.num_tokens + num_accepted)]
+            num_drafted = sum(len(draft) for draft in batch.drafts.values())
+            self._observer.on_speculation(num_drafted, num_accepted)
         for stats in shares:
             self._admission.on_step(stats)
             self._observer.on_step(stats)
-        self._extend(batch.sequences, logits)
 
     def _call(self, batch: Batch) -> Logits:
-        if batch.phase == "decode":
+        """The logits after each sequence's last token, or after every token if it verifies."""
+        if batch.phase == "decode" and not batch.verifies:
             newest = [s.token_ids[-1] for s in batch.sequences]
             return self._runner.decode([s.seq_id for s in batch.sequences], newest)
         chunks = [
-            Chunk(s.seq_id, s.token_ids[s.num_computed : s.num_computed + n])
+            Chunk(
+                s.seq_id,
+                [*s.token_ids[s.num_computed : s.num_computed + n], *batch.drafts.get(s, ())],
+            )
             for s, n in zip(batch.sequences, batch.num_tokens, strict=True)
         ]
-        return self._runner.prefill(chunks)
+        return self._runner.verify(chunks) if batch.verifies else self._runner.prefill(chunks)
 
-    def _extend(self, sequences: Seq[Sequence], logits: Logits) -> None:
-        """Give each sequence that has no token left to compute its next one."""
-        rows = [i for i, s in enumerate(sequences) if not s.num_pending]
-        complete = [sequences[i] for i in rows]
-        if len(rows) < len(sequences):
-            logits = logits[rows]  # a copy
-        tokens = sample(logits, complete)
-        now = time.perf_counter()
-        for sequence, token_id in zip(complete, tokens, strict=True):
-            if token_id is None:
-                log.error("sequence %d: no token can be chosen from its logits", sequence.seq_id)
-                self._fail([sequence])
-            else:
-                self._append(sequence, token_id, now)
+    def _extend(self, sequence: Sequence, rows: Logits, draft: Seq[int]) -> int:
+        """`rows`: after the last tokens that were computed of the sequence, (tokens, vocab).
 
-    def _append(self, sequence: Sequence, token_id: int, now: float) -> None:
-        sequence.append(token_id)
-        if sequence.first_token is None:
-            sequence.first_token = now
-            self._observer.on_first_token(now - sequence.arrived)
-        self._outbox.put(self._live[sequence], TokenEvent(token_id, sequence.newest_is_stop()))
+        If none is left to compute, it gets its next ones; how many of the draft were among them.
+        """
+        events: list[TokenEvent] = []
+        try:
+            if sequence.prompt_logprobs is not None:
+                read_prompt(sequence, rows)
+            if sequence.phase is Phase.DECODE and sequence.params.max_tokens:
+                generate(sequence, rows[-1 - len(draft) :], draft, events)
+        except RequestError as error:  # its own grammar's
+            self._send(sequence, events)
+            self._finish(sequence, "error", error)
+            return 0
+        except Exception:
+            log.exception("sequence %d cannot go on", sequence.seq_id)
+            self._send(sequence, events)
+            self._fail([sequence])
+            return 0
+        if sequence.phase is Phase.PREFILL:
+            return 0
+        num_accepted = len(events) - 1 if draft else 0
+        if draft:
+            self._batcher.settle(sequence, len(draft), num_accepted)
+        if sequence.prompt_logprobs is not None:
+            self._send_prompt(sequence, sequence.prompt_logprobs)
+        self._send(sequence, events)
         reason = sequence.finish_reason()
         if reason is not None:
             self._finish(sequence, reason)
+        return num_accepted
+
+    def _send_prompt(self, sequence: Sequence, logprobs: Seq[TokenLogprobs | None]) -> None:
+        self._outbox.put(self._live[sequence], PromptEvent(tuple(logprobs)))
+        sequence.prompt_logprobs = None
+
+    def _send(self, sequence: Sequence, events: Seq[TokenEvent]) -> None:
+        now = time.perf_counter()
+        for event in events:
+            if sequence.last_token is None:
+                sequence.first_token = now
+                self._observer.on_first_token(now - sequence.arrived)
+            else:
+                self._observer.on_inter_token(now - sequence.last_token)
+            sequence.last_token = now
+            self._outbox.put(self._live[sequence], event)
 
     def _fail(self, sequences: Seq[Sequence]) -> None:
         cause = EngineError("The step that computed this sequence failed")
@@ -299,7 +361,9 @@ class Engine:
             sequence.timings(time.perf_counter()),
             error,
         )
-        self._outbox.put(self._live.pop(sequence), event)
+        address = self._live.pop(sequence)
+        self._by_address.pop(address, None)
+        self._outbox.put(address, event)
         self._admission.leave()
         self._observer.on_finish(event)
 
@@ -316,7 +380,7 @@ class Engine:
                 self._live[item.sequence] = item.address
                 self._num_entered_tokens += item.sequence.num_prompt_tokens
         self._batcher.abandon()
-        error = EngineError("The engine has failed")
+        error = EngineError("The engine has failed", "engine_dead")
         for sequence in list(self._live):
             try:
                 self._announce(sequence, "error", error)
@@ -340,6 +404,16 @@ class Engine:
             ),
             num_entered_tokens=self._num_entered_tokens,
         )
+
+
+def _refuse(_: str) -> Constraint:
+    raise RequestError("This model is served without structured output", param="grammar")
+
+
+def _rows(batch: Batch, logits: Logits) -> list[Logits]:
+    """Each sequence's logits, (tokens, vocab): after its last token, or after all of its tokens."""
+    counts = batch.sizes if batch.verifies else [1] * len(batch.sequences)
+    return np.split(logits, np.cumsum(counts[:-1]))
 
 
 def _stats(batch: Batch, seconds: float) -> list[StepStats]:

@@ -56,6 +56,11 @@ class KVBudget:
         """New pages that appending so many tokens takes."""
         return self.pages_for(self._lengths[seq_id] + num_tokens) - len(self._pages[seq_id])
 
+    def room(self, seq_id: int, num_pages: int) -> int:
+        """How many tokens can be appended with so many new pages."""
+        held = len(self._pages[seq_id])
+        return (held + num_pages) * self.page_size - self._lengths[seq_id]
+
     def add(self, seq_id: int) -> None:
         assert seq_id not in self._pages, f"sequence {seq_id} is already accounted for"
         self._pages[seq_id], self._lengths[seq_id] = [], 0
@@ -73,6 +78,17 @@ class KVBudget:
             self._hold(seq_id, self._free.pop())
         self._lengths[seq_id] += num_tokens
 
+    def rollback(self, seq_id: int, num_tokens: int) -> None:
+        """Forget the last tokens, with which no other sequence has been forked.
+
+        So the page that is cut is nobody else's: cutting a shared one would take a page for a copy.
+        """
+        length, pages = self._lengths[seq_id] - num_tokens, self._pages[seq_id]
+        while len(pages) > self.pages_for(length):
+            self._drop(seq_id, pages.pop())
+        assert length % self.page_size == 0 or self._holders[pages[-1]] == 1, "a shared page"
+        self._lengths[seq_id] = length
+
     def retire(self, seq_id: int) -> None:
         """The sequence goes on holding its pages, but nobody waits for it."""
         self._retired.add(seq_id)
@@ -81,10 +97,7 @@ class KVBudget:
 
     def release(self, seq_id: int) -> None:
         for page in self._pages.pop(seq_id):
-            if seq_id not in self._retired:
-                _decrement(self._live_holders, page)
-            if _decrement(self._holders, page):
-                self._free.append(page)
+            self._drop(seq_id, page)
         self._retired.discard(seq_id)
         del self._lengths[seq_id]
 
@@ -92,6 +105,12 @@ class KVBudget:
         self._pages[seq_id].append(page)
         self._holders[page] += 1
         self._live_holders[page] += 1
+
+    def _drop(self, seq_id: int, page: int) -> None:
+        if seq_id not in self._retired:
+            _decrement(self._live_holders, page)
+        if _decrement(self._holders, page):
+            self._free.append(page)
 
 
 def _decrement(counter: Counter[int], page: int) -> bool:

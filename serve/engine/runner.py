@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Logits = NDArray[np.float32]
+Logits = NDArray[np.float32]  # (rows, vocab)
+Row = NDArray[np.float32]  # (vocab,)
 
 
 @dataclass(frozen=True)

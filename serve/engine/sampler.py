@@ -1,49 +1,41 @@
-"""Choose each sequence's next token from its logits. Rows are independent.
+"""Choose a sequence's next token from its row of logits.
 
-A batch never changes a choice.
+Knows one sequence at a time, so a batch never changes a choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-
 import numpy as np
-from numpy.typing import NDArray
 
-from serve.engine.runner import Logits
+from serve.engine.runner import Row
 from serve.engine.sequence import SamplingParams, Sequence
-
-Row = NDArray[np.float32]
 
 _SMALLEST = np.finfo(np.float32).tiny
 _BLOCK = 256
 
 
-def sample(logits: Logits, sequences: Seq[Sequence]) -> list[int | None]:
-    """The next token of each sequence; row i of `logits` (batch, vocab) belongs to sequences[i].
+def choose(logits: Row, sequence: Sequence) -> int | None:
+    """The sequence's next token, by its parameters and what it has so far; changes no logits.
 
-    Draws exactly one number from a sequence's generator for each sampled token, so a seed gives the
-    same tokens after a preemption too. None where no token can be chosen: the row holds NaN, or
-    every token is ruled out.
+    Draws exactly one number from the sequence's generator if it samples, so a seed gives the same
+    tokens after a preemption too. None where no token can be chosen: the row holds NaN, or every
+    token is ruled out.
     """
-    greedy = np.argmax(logits, axis=1)
-    return [
-        _checked(row, int(best)) if _is_plain_greedy(sequence) else _choose(row, sequence)
-        for row, best, sequence in zip(logits, greedy, sequences, strict=True)
-    ]
+    row = adjust(logits, sequence) if _changes_logits(sequence) else logits
+    if sequence.params.temperature == 0:
+        return _checked(row, int(np.argmax(row)))
+    return _draw(row, sequence.params, sequence.rng.random())
 
 
-def _is_plain_greedy(sequence: Sequence) -> bool:
+def _changes_logits(sequence: Sequence) -> bool:
     params = sequence.params
-    return params.temperature == 0 and not _changes_logits(params) and not _bars_stop(sequence)
-
-
-def _changes_logits(params: SamplingParams) -> bool:
     return bool(
         params.presence_penalty
         or params.frequency_penalty
         or params.repetition_penalty != 1
         or params.logit_bias
+        or sequence.constraint is not None
+        or _bars_stop(sequence)
     )
 
 
@@ -52,20 +44,16 @@ def _bars_stop(sequence: Sequence) -> bool:
     return sequence.num_generated < params.min_tokens and bool(params.stop_token_ids)
 
 
-def _choose(logits: Row, sequence: Sequence) -> int | None:
-    row = adjust(logits, sequence)
-    if sequence.params.temperature == 0:
-        return _checked(row, int(np.argmax(row)))
-    return _draw(row, sequence.params, sequence.rng.random())
-
-
 def _checked(row: Row, token_id: int) -> int | None:
-    """The token, unless its logit is NaN (argmax of a row with NaN is the NaN) or ruled out."""
-    return token_id if row[token_id] > -np.inf else None
+    """The token, unless its logit is NaN (argmax of a row with NaN is the NaN) or infinite."""
+    return token_id if np.isfinite(row[token_id]) else None
 
 
 def adjust(logits: Row, sequence: Sequence) -> Row:
-    """Apply penalties, bias and the ban on early stop tokens; the given row is left as it was."""
+    """Apply penalties, bias, grammar and the ban on early stop tokens.
+
+    The given row is left as it was.
+    """
     params, row = sequence.params, logits.copy()
     if params.repetition_penalty != 1:
         seen = np.array(sequence.token_ids, np.int64)  # repeats are read before any is written
@@ -80,9 +68,20 @@ def adjust(logits: Row, sequence: Sequence) -> Row:
     if params.logit_bias:
         ids = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
         row[ids] += np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
+    if sequence.constraint is not None:
+        sequence.constraint.mask(row)
     if _bars_stop(sequence):
-        row[[i for i in params.stop_token_ids if 0 <= i < len(row)]] = -np.inf
+        _bar_stop(row, sequence)
     return row
+
+
+def _bar_stop(row: Row, sequence: Sequence) -> None:
+    """Rule the stop tokens out, unless a grammar allows nothing else."""
+    stops = [i for i in sequence.params.stop_token_ids if 0 <= i < len(row)]
+    scores = row[stops]
+    row[stops] = -np.inf
+    if sequence.constraint is not None and row.max() == -np.inf:
+        row[stops] = scores
 
 
 def _draw(row: Row, params: SamplingParams, uniform: float) -> int | None:

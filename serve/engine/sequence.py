@@ -11,6 +11,9 @@ from typing import Literal
 
 import numpy as np
 
+from serve.engine.constraint import Constraint
+from serve.engine.drafter import Drafter
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -24,7 +27,8 @@ class SamplingParams:
     logit. seed: the same seed, prompt and parameters give the same tokens whatever else runs; None
     draws one. num_logprobs: how many alternatives to report with each token's log-probability;
     None reports nothing. num_prompt_logprobs: the same for the prompt's tokens. grammar: what the
-    text must match, as the engine's Constrain takes it.
+    text must match, as the engine's Constrain takes it. It ends with the end-of-text token,
+    whatever the stop tokens are; min_tokens gives way where nothing else may come.
 
     max_tokens may be 0: then the prompt alone is computed.
     """
@@ -122,24 +126,30 @@ class Sequence:
     """One sequence's tokens and place in the engine. Only the engine thread writes to it.
 
     token_ids is the prompt and everything generated; the first `num_computed` of them are in the KV
-    cache.
+    cache. prompt_logprobs: those of the prompt's first tokens, as far as they are known; None where
+    the client wants none or has them.
     """
 
     seq_id: int
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     share_key: str | None = ""  # KV pages are shared among equal keys only; None never shares
+    constraint: Constraint | None = None  # at the end of token_ids
+    drafter: Drafter | None = None  # none without speculative decoding
     arrived: float = field(default_factory=time.perf_counter)
     phase: Phase = Phase.WAITING
     num_computed: int = 0
     num_cached: int = 0
     admitted: float | None = None
     first_token: float | None = None
+    last_token: float | None = None
 
     def __post_init__(self) -> None:
         self.token_ids: list[int] = list(self.prompt_ids)
         self.output_counts: Counter[int] = Counter()
         self.rng = np.random.Generator(np.random.PCG64(self.params.seed))
+        wanted = self.params.num_prompt_logprobs is not None
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if wanted else None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -159,16 +169,24 @@ class Sequence:
         return len(self.prompt_ids) + self.params.max_tokens
 
     def append(self, token_id: int) -> None:
+        if self.constraint is not None:
+            self.constraint.accept(token_id)
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
 
     def finish_reason(self) -> FinishReason | None:
-        """Whether the newest token ends the sequence, and why."""
+        """Whether the newest token ends the sequence, and why.
+
+        With max_tokens 0 the prompt does.
+        """
         if self.newest_is_stop():
             return "stop"
         return "length" if self.num_generated >= self.params.max_tokens else None
 
     def newest_is_stop(self) -> bool:
+        """Whether it is a stop token, or the one that ends a grammar, which always stops."""
+        if self.constraint is not None and self.constraint.is_over:
+            return True
         enough = self.num_generated > self.params.min_tokens
         return enough and self.token_ids[-1] in self.params.stop_token_ids
 

@@ -19,7 +19,8 @@ PhaseName = Literal["prefill", "decode"]
 class StepStats:
     """One model call, or one phase's share of it, if it did both.
 
-    `num_tokens` went into the KV cache: in decode, one for each sequence.
+    `num_tokens` went into the KV cache and stayed: in decode, one for each sequence, and its right
+    guesses.
     """
 
     phase: PhaseName
@@ -50,6 +51,7 @@ class EngineObserver(Protocol):
 
     def on_step(self, stats: StepStats) -> None: ...
     def on_first_token(self, seconds: float) -> None: ...
+    def on_inter_token(self, seconds: float) -> None: ...
     def on_prefix_lookup(self, num_queried: int, num_hit: int) -> None: ...
     def on_preemption(self) -> None: ...
     def on_speculation(self, num_drafted: int, num_accepted: int) -> None: ...
@@ -63,6 +65,9 @@ class NullObserver:
         """Not recorded."""
 
     def on_first_token(self, seconds: float) -> None:
+        """Not recorded."""
+
+    def on_inter_token(self, seconds: float) -> None:
         """Not recorded."""
 
     def on_prefix_lookup(self, num_queried: int, num_hit: int) -> None:

@@ -18,7 +18,7 @@ class Stream:
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, end: Callable[[EarlyEnd, int | None], None]
+        self, loop: asyncio.AbstractEventLoop, end: Callable[[Stream, EarlyEnd, int | None], None]
     ) -> None:
         self._loop, self._end = loop, end
         self._events: deque[Event] = deque()
@@ -31,11 +31,11 @@ class Stream:
 
     def cancel(self, reason: Literal["cancelled", "timeout"] = "cancelled") -> None:
         """End the sequence within one step; safe from any thread, and after the end."""
-        self._end(reason, None)
+        self._end(self, reason, None)
 
     def stop(self, num_generated: int) -> None:
         """As cancel, where these many tokens are the whole answer: they hold a stop string."""
-        self._end("stop", num_generated)
+        self._end(self, "stop", num_generated)
 
     def ready(self) -> list[Event]:
         """The events that are here already, without waiting."""

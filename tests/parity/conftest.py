@@ -18,7 +18,8 @@ from serve.backends import get_backend
 from serve.compiler.cache import LibraryCache
 from serve.compiler.compile import CompileJob, get_library
 from serve.model.source import ModelSource, find_model
-from serve.runtime.runner import RunnerConfig, TVMRunner
+from serve.runtime.config import RunnerConfig
+from serve.runtime.runner import TVMRunner
 from serve.runtime.weights import DeviceWeights
 
 TOLERANCE = 2e-4  # on logits, in f32

@@ -10,16 +10,29 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from serve.api.limits import Limits
 from serve.config import SECTIONS, Settings, load_settings
 from serve.engine import EngineConfig
 from serve.errors import ConfigError
 from serve.model.hub import HubConfig
-from serve.runtime.runner import RunnerConfig
+from serve.runtime.config import RunnerConfig
 
 pytestmark = pytest.mark.unit
 
 LINE = "command line"
-SECONDS = ("server.drain_seconds", "metrics.window_seconds", "library.compile_time_limit_seconds")
+SERVER_KEYS = (
+    "host, port, drain_seconds, keep_alive_seconds, tls_certificate, tls_key, cors_origins, "
+    "log_level, log_format, log_prompts"
+)
+DATA = Path(__file__).parents[1] / "data"
+CERTIFICATE, PRIVATE_KEY = str(DATA / "localhost.pem"), str(DATA / "localhost.key")
+SECONDS = (
+    "server.drain_seconds",
+    "metrics.window_seconds",
+    "library.compile_time_limit_seconds",
+    "limits.default_timeout_seconds",
+    "limits.max_timeout_seconds",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +124,10 @@ def test_each_section_is_read_from_each_source(section: str) -> None:
         "model": ("source", ("a", "b", "c")),
         "library": ("profile", ("a", "b", "c")),
         "server": ("port", (1, 2, 3)),
+        "auth": ("api_keys_file", ("a", "b", "c")),
+        "limits": ("requests_per_minute", (1, 2, 3)),
+        "traffic": ("sticky_header", ("a", "b", "c")),
+        "watchdog": ("max_step_seconds", (0.5, 1.5, 2.5)),
         "metrics": ("window_seconds", (0.5, 1.5, 2.5)),
         "hub": ("revision", ("a", "b", "c")),
         "engine": ("max_kept_prefixes", (0, 1, 2)),
@@ -214,7 +231,7 @@ def test_an_unknown_key_of_the_file(key: str) -> None:
     error = refused(f"[server]\n{key} = 1\n")
     bare = key.strip('"')
     assert (error.source, error.key, error.value) == ("mine.toml", f"server.{bare}", 1)
-    assert error.expected == "a known key of [server]: host, port, drain_seconds, log_level"
+    assert error.expected == f"a known key of [server]: {SERVER_KEYS}"
 
 
 def test_an_unknown_key_of_a_section_that_a_package_owns() -> None:
@@ -485,7 +502,7 @@ def test_an_unknown_flag(key: str, expected: str) -> None:
         (
             lambda: refused(environment={"DLIGHT_SERVER_PROT": "1"}),
             "environment variable DLIGHT_SERVER_PROT: server.prot = '1': expected a known key of "
-            "[server]: host, port, drain_seconds, log_level",
+            f"[server]: {SERVER_KEYS}",
         ),
         (
             lambda: refused(flags={"engine.max_running": "0"}),
@@ -494,7 +511,7 @@ def test_an_unknown_flag(key: str, expected: str) -> None:
         (
             lambda: refused("[nowhere]\n"),
             "mine.toml: nowhere = {}: expected a known section: "
-            "model, library, server, metrics, hub, engine, runner",
+            "model, library, server, auth, limits, traffic, watchdog, metrics, hub, engine, runner",
         ),
     ],
 )
@@ -545,3 +562,168 @@ def test_the_message_for_a_section_that_is_no_table(toml: str) -> None:
 
 def test_a_file_nested_too_deep() -> None:
     assert refused("a = " + "[" * 5000).value == "mine.toml"
+
+
+# -- lists and tables as text
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [("", []), ("a", ["a"]), ("a,b", ["a", "b"]), (" a , b ,", ["a", "b"])],
+)
+def test_lists_as_text(text: str, values: list[str]) -> None:
+    assert load(environment={"DLIGHT_LIBRARY_ALSO": text}).library.also == values
+    assert load(flags={"library.also": text}).library.also == values
+
+
+def test_lists_of_the_file() -> None:
+    assert load('[library]\nalso = ["a", "b"]\n').library.also == ["a", "b"]
+    assert refused('[library]\nalso = "a"\n').expected == "a valid list"
+    error = refused("[library]\nalso = [5]\n")
+    assert (error.key, error.value) == ("library.also", 5)
+
+
+def test_tables_as_text() -> None:
+    weights = {"full": 9.0, "cpu:stock": 1.5}
+    assert load(flags={"traffic.weights": "full=9, cpu:stock=1.5"}).traffic.weights == weights
+    assert load(environment={"DLIGHT_TRAFFIC_WEIGHTS": ""}).traffic.weights == {}
+    for text in ("full", "full=", "full=much", "full=-1"):
+        assert refused(flags={"traffic.weights": text}).key == "traffic.weights"
+
+
+# -- limits
+
+
+@pytest.mark.parametrize(
+    "key", ["max_body_bytes", "requests_per_minute", "burst", "max_timeout_seconds"]
+)
+def test_limits_are_above_nothing(key: str) -> None:
+    error = refused(f"[limits]\n{key} = 0\n")
+    assert (error.source, error.key, error.value) == ("mine.toml", f"limits.{key}", 0)
+    assert refused(flags={f"limits.{key}": "0"}).key == f"limits.{key}"
+
+
+def test_limits_from_the_environment() -> None:
+    given = {"DLIGHT_LIMITS_MAX_BODY_BYTES": "5", "DLIGHT_LIMITS_UNKNOWN_FIELDS": "ignore"}
+    assert load(environment=given).limits == Limits(max_body_bytes=5, unknown_fields="ignore")
+    assert refused(flags={"limits.unknown_fields": "warn"}).expected == "'refuse' or 'ignore'"
+
+
+@pytest.mark.parametrize("origin", ["*", "https://app.example", "http://[::1]:3000"])
+def test_origins(origin: str) -> None:
+    assert load(flags={"server.cors_origins": origin}).server.cors_origins == [origin]
+
+
+@pytest.mark.parametrize("origin", ["app.example", "https://app.example/", "null", "https://a b"])
+def test_what_is_no_origin(origin: str) -> None:
+    error = refused(flags={"server.cors_origins": f"https://good.example,{origin}"})
+    assert (error.key, error.value) == ("server.cors_origins", origin)
+
+
+# -- keys
+
+
+SECRET = "sk-0123456789"
+
+
+def test_keys_of_all_sources() -> None:
+    file = write("# two keys\n\nfile-key-1\n  file-key-2 \n", "keys.txt")
+    auth = load(
+        f'[auth]\napi_keys = ["{SECRET}"]\napi_keys_file = "{file}"\n',
+        {"DLIGHT_AUTH_ADMIN_KEYS": "admin-key-1,admin-key-2"},
+    ).auth
+    assert not auth.is_open
+    keys, admin_keys = auth.read_api_keys(), auth.read_admin_keys()
+    for key in (SECRET, "file-key-1", "file-key-2"):
+        assert keys.find(key.encode()) is not None
+        assert admin_keys.find(key.encode()) is None
+    assert keys.find(b"# two keys") is None
+    assert admin_keys.find(b"admin-key-2") is not None
+
+
+def test_without_keys_all_is_open() -> None:
+    auth = load().auth
+    assert auth.is_open
+    assert not auth.read_api_keys()
+    assert not auth.read_admin_keys()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "# nothing\n",
+        "short\n",
+        "two words\n",
+        "a,comma,0\n",
+        "\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9",
+    ],
+)
+def test_a_file_without_keys_or_with_wrong_ones(content: str) -> None:
+    write(content, "keys.txt")
+    auth = load(flags={"auth.api_keys_file": "keys.txt"}).auth
+    assert not auth.is_open
+    with pytest.raises(ConfigError, match="a file of keys") as found:
+        auth.read_api_keys()
+    assert (found.value.key, found.value.value) == ("auth.api_keys_file", "keys.txt")
+
+
+def test_a_file_of_keys_that_cannot_be_read(folder: Path) -> None:
+    (folder / "bytes").write_bytes(b"\xff")
+    for file in ("missing", str(folder), "bytes"):
+        with pytest.raises(ConfigError, match="a readable text file"):
+            load(flags={"auth.admin_keys_file": file}).auth.read_admin_keys()
+
+
+def test_keys_are_not_shown(folder: Path) -> None:
+    assert SECRET not in repr(load(environment={"DLIGHT_AUTH_API_KEYS": SECRET}))
+    for toml in (
+        f"api_keys = '{SECRET}'",
+        f"api_keys = ['{SECRET} x']",
+        f"admin_keys = ['{SECRET},']",
+    ):
+        error = refused(f"[auth]\n{toml}\n")
+        assert SECRET not in str(error)
+        assert error.value == "(hidden)"
+    (folder / "keys.txt").write_text(f"{SECRET}\n{SECRET} x\n")
+    with pytest.raises(ConfigError) as found:
+        load(flags={"auth.api_keys_file": "keys.txt"}).auth.read_api_keys()
+    assert SECRET not in str(found.value)
+
+
+# -- TLS
+
+
+def check_tls(**files: str) -> None:
+    load(flags={f"server.{name}": file for name, file in files.items()}).server.check_tls()
+
+
+def test_good_tls_files(folder: Path) -> None:
+    check_tls()
+    check_tls(tls_certificate=CERTIFICATE, tls_key=PRIVATE_KEY)
+    both = folder / "both.pem"
+    both.write_bytes(Path(CERTIFICATE).read_bytes() + Path(PRIVATE_KEY).read_bytes())
+    check_tls(tls_certificate=str(both))
+
+
+@pytest.mark.parametrize(
+    ("certificate", "key"),
+    [
+        ("missing.pem", PRIVATE_KEY),
+        (CERTIFICATE, "missing.key"),
+        (CERTIFICATE, None),
+        (CERTIFICATE, CERTIFICATE),
+        (PRIVATE_KEY, PRIVATE_KEY),
+        (".", PRIVATE_KEY),
+    ],
+)
+def test_bad_tls_files(certificate: str, key: str | None) -> None:
+    with pytest.raises(ConfigError, match="PEM files of a certificate and its key") as found:
+        check_tls(tls_certificate=certificate, **({} if key is None else {"tls_key": key}))
+    assert found.value.key == "server.tls_certificate"
+    assert certificate in str(found.value)
+
+
+def test_a_tls_key_alone() -> None:
+    with pytest.raises(ConfigError, match=r"since server\.tls_key is set"):
+        check_tls(tls_key=PRIVATE_KEY)

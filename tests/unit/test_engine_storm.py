@@ -23,31 +23,38 @@ from serve.engine import (
     Chunk,
     Engine,
     EngineConfig,
+    Event,
     FinishEvent,
     Gauges,
     Logits,
     NullObserver,
+    PromptEvent,
     RunnerLimits,
     SamplingParams,
     StepStats,
     Stream,
     TokenEvent,
 )
-from serve.engine.sampler import sample
+from serve.engine.logprobs import log_probabilities
+from serve.engine.sampler import choose
 from serve.engine.sequence import Phase, Sequence
 from serve.errors import EngineError
-from tests.fakes import LIMITS, FakeRunner
+from tests.fakes import LIMITS, FakeConstraint, FakeRunner, looping
 
 pytestmark = pytest.mark.unit
 
-PEAK = 2.0  # low enough for the seeds to matter
+PEAK = 4.0  # low enough for the seeds to matter
 VOCAB = 31
+NEXT = looping(VOCAB)
 PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """A sequence, and the steps at which it comes and is cancelled. prompt: tail of a head."""
+    """A sequence, and the steps at which it comes and is cancelled. prompt: tail of a head.
+
+    logprobs: as SamplingParams' num_logprobs and num_prompt_logprobs.
+    """
 
     head: int
     head_length: int
@@ -58,6 +65,7 @@ class Request:
     share_key: str | None
     arrives: int
     cancelled: int | None
+    logprobs: tuple[int | None, int | None] = (None, None)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -65,9 +73,18 @@ class Request:
 
     @property
     def params(self) -> SamplingParams:
-        return replace(KINDS[self.kind], seed=self.seed, max_tokens=self.max_tokens)
+        return replace(
+            KINDS[self.kind],
+            seed=self.seed,
+            max_tokens=self.max_tokens,
+            num_logprobs=self.logprobs[0],
+            num_prompt_logprobs=self.logprobs[1],
+        )
 
 
+LOGPROBS: list[tuple[int | None, int | None]] = [
+    (None, None), (None, None), (None, None), (0, None), (3, None), (None, 2), (40, 0)
+]  # fmt: skip
 STOPS = frozenset({0, 1})
 KINDS = [
     SamplingParams(temperature=0),
@@ -76,20 +93,32 @@ KINDS = [
     SamplingParams(temperature=1.5, top_p=0.9, repetition_penalty=1.5),
     SamplingParams(top_k=5, frequency_penalty=1.0, presence_penalty=0.5, logit_bias={3: 4.0}),
     SamplingParams(temperature=0, frequency_penalty=2.0, stop_token_ids=STOPS),
+    SamplingParams(grammar="3 2 9 0", stop_token_ids=STOPS, min_tokens=4),
+    SamplingParams(temperature=0, grammar="5 0 30 2", logit_bias={2: 1.0}),
 ]
 
 
 @cache
-def alone(prompt: tuple[int, ...], kind: int, seed: int, max_tokens: int) -> list[int]:
-    """What a sequence gets from this runner with nobody else around: no engine, no cache."""
-    runner = FakeRunner(replace(LIMITS, vocab_size=VOCAB), peak=PEAK)
-    params = replace(KINDS[kind], seed=seed, max_tokens=max_tokens)
-    sequence = Sequence(0, prompt, params)
-    while not sequence.num_generated or sequence.finish_reason() is None:
-        token_id = sample(runner._logits([sequence.token_ids]), [sequence])[0]
+def alone(request: Request) -> list[Event]:
+    """What it gets from this runner, but for the end, with no engine and nobody else around."""
+    runner = FakeRunner(replace(LIMITS, vocab_size=VOCAB), NEXT, PEAK)
+    params, prompt, events = request.params, request.prompt, list[Event]()
+    if params.num_prompt_logprobs is not None:
+        rows = runner._logits([prompt[:n] for n in range(1, len(prompt))])
+        pairs = zip(rows, prompt[1:], strict=True)
+        known = [log_probabilities(row, i, params.num_prompt_logprobs) for row, i in pairs]
+        events.append(PromptEvent((None, *known)))
+    constraint = None if params.grammar is None else FakeConstraint(params.grammar)
+    sequence = Sequence(0, prompt, params, constraint=constraint)
+    while sequence.finish_reason() is None:
+        [row] = runner._logits([sequence.token_ids])
+        token_id = choose(row, sequence)
         assert token_id is not None
         sequence.append(token_id)
-    return sequence.token_ids[len(prompt) :]
+        top = params.num_logprobs
+        logprobs = None if top is None else log_probabilities(row, token_id, top)
+        events.append(TokenEvent(token_id, sequence.newest_is_stop(), logprobs))
+    return events
 
 
 @dataclass
@@ -122,7 +151,7 @@ class FailingRunner(FakeRunner):
     """Some of its steps fail. Remembers a wrong call: to the engine it is a failing step, too."""
 
     def __init__(self, limits: RunnerLimits, failing: frozenset[int]) -> None:
-        super().__init__(limits, peak=PEAK)
+        super().__init__(limits, NEXT, PEAK)
         self._failing = failing
         self.wrong_call: AssertionError | None = None
 
@@ -133,6 +162,10 @@ class FailingRunner(FakeRunner):
     def decode(self, seq_ids: Seq[int], token_ids: Seq[int]) -> Logits:
         with self._remembering():
             return super().decode(seq_ids, token_ids)
+
+    def verify(self, chunks: Seq[Chunk]) -> Logits:
+        with self._remembering():
+            return super().verify(chunks)
 
     def _step(self, what: str, seq_ids: Seq[int]) -> None:
         if len(self.calls) in self._failing:
@@ -156,8 +189,14 @@ class Watcher(NullObserver):
     engine: Engine = field(init=False)
     num_finished: int = 0
     num_preemptions: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     def on_step(self, stats: StepStats) -> None:
+        for sequence in self.engine._batcher.running:
+            assert (
+                self.runner.tokens[sequence.seq_id] == sequence.token_ids[: sequence.num_computed]
+            )
         budget = self.engine._batcher.budget
         assert budget.num_free == self.runner.num_free_pages()
         assert budget.num_free + budget.num_used + budget.num_evictable == budget.num_pages
@@ -169,26 +208,32 @@ class Watcher(NullObserver):
     def on_preemption(self) -> None:
         self.num_preemptions += 1
 
+    def on_speculation(self, num_drafted: int, num_accepted: int) -> None:
+        assert 0 <= num_accepted <= num_drafted
+        assert num_drafted > 0
+        self.num_drafted += num_drafted
+        self.num_accepted += num_accepted
+
 
 def make(setting: Setting) -> tuple[Engine, FailingRunner, Watcher]:
     runner = FailingRunner(setting.limits, setting.failing)
     watcher = Watcher(runner)
-    watcher.engine = Engine(runner, setting.config, watcher)
+    watcher.engine = Engine(runner, setting.config, watcher, constrain=FakeConstraint)
     return watcher.engine, runner, watcher
 
 
 def check_answer(request: Request, stream: Stream, can_fail: bool) -> None:
-    *tokens, finish = stream.ready()
+    *events, finish = stream.ready()
     assert isinstance(finish, FinishEvent)
-    ids = [event.token_id for event in tokens if isinstance(event, TokenEvent)]
-    assert len(ids) == len(tokens) == finish.num_generated_tokens
-    expected = alone(request.prompt, request.kind, request.seed, request.max_tokens)
+    tokens = [event for event in events if isinstance(event, TokenEvent)]
+    assert len(tokens) == finish.num_generated_tokens
+    expected = alone(request)
     if finish.reason in ("stop", "length"):
-        assert ids == expected
-        assert (finish.reason == "stop") == (ids[-1] in request.params.stop_token_ids)
+        assert events == expected
+        assert (finish.reason == "stop") == any(token.is_stop for token in tokens)
     else:
-        assert ids == expected[: len(ids)]
-        assert len(ids) < len(expected)
+        assert events == expected[: len(events)]
+        assert len(events) < len(expected) or not expected
     if finish.reason == "cancelled":
         assert request.cancelled is not None
     assert (finish.reason == "error") == (finish.error is not None)
@@ -197,7 +242,7 @@ def check_answer(request: Request, stream: Stream, can_fail: bool) -> None:
         assert "computed this sequence" in str(finish.error)
     assert finish.num_prompt_tokens == len(request.prompt)
     assert 0 <= finish.num_cached_tokens < len(request.prompt)
-    if request.share_key is None:
+    if request.share_key is None or request.logprobs[1] is not None:
         assert finish.num_cached_tokens == 0
 
 
@@ -284,6 +329,7 @@ def loads(draw: st.DrawFn) -> tuple[Setting, list[Request]]:
         prefill_chunk_tokens=draw(st.integers(1, 40)),
         prefix_sharing=draw(st.booleans()),
         max_kept_prefixes=draw(st.integers(0, 6)),
+        speculative_tokens=draw(st.sampled_from([0, 1, 3, 8])),
     )
     failing = draw(st.frozensets(st.integers(0, 60), max_size=4))
     setting = Setting(
@@ -310,11 +356,12 @@ def requests(draw: st.DrawFn) -> Request:
         head_length=head_length,
         tail=tuple(tail),
         seed=draw(st.integers(0, 3)),
-        max_tokens=draw(st.integers(1, 18)),
+        max_tokens=draw(st.integers(0, 18)),
         kind=draw(st.integers(0, len(KINDS) - 1)),
         share_key=draw(st.sampled_from(["", "", "", "a", None])),
         arrives=arrives,
         cancelled=None if after is None else arrives + after,
+        logprobs=draw(st.sampled_from(LOGPROBS)),
     )
 
 
@@ -335,11 +382,12 @@ def random_requests(rng: random.Random, number: int, cancels: bool) -> list[Requ
                 head_length=rng.randrange(1, 40),
                 tail=tuple(rng.randrange(VOCAB) for _ in range(rng.randrange(6))),
                 seed=rng.randrange(1000),
-                max_tokens=rng.randrange(1, 50),
+                max_tokens=rng.randrange(50),
                 kind=rng.randrange(len(KINDS)),
                 share_key=rng.choice(["", "", "", "a", None]),
                 arrives=arrives,
                 cancelled=arrives + rng.randrange(150) if cancels and rng.random() < 0.3 else None,
+                logprobs=rng.choice(LOGPROBS),
             )
         )
     return made
@@ -351,12 +399,18 @@ def test_a_crowd_on_few_pages(seed: int, sharing: bool) -> None:
     """Enough sequences for many preemptions, prefixes and evictions at once."""
     rng = random.Random(seed)
     config = EngineConfig(
-        max_running=12, prefill_chunk_tokens=24, prefix_sharing=sharing, max_kept_prefixes=6
+        max_running=12,
+        prefill_chunk_tokens=24,
+        prefix_sharing=sharing,
+        max_kept_prefixes=6,
+        speculative_tokens=5,
     )
     failing = frozenset(rng.sample(range(200), 5)) if seed % 2 else frozenset()
     setting = Setting(30, 4, 12, 64, config, failing, batch_invariant=seed % 3 > 0)
     watcher = asyncio.run(storm(setting, random_requests(rng, 60, cancels=seed >= 2)))
     assert watcher.num_preemptions > 5
+    assert (watcher.num_accepted > 20) == setting.batch_invariant
+    assert (watcher.num_drafted > watcher.num_accepted) == setting.batch_invariant
 
 
 # -- in the engine's own thread
@@ -388,7 +442,9 @@ async def client(engine: Engine, requests: Seq[Request], rng: random.Random) -> 
 @pytest.mark.parametrize("seed", range(3))
 def test_several_threads(seed: int) -> None:
     rng = random.Random(seed)
-    config = EngineConfig(max_running=8, prefill_chunk_tokens=16, max_kept_prefixes=5)
+    config = EngineConfig(
+        max_running=8, prefill_chunk_tokens=16, max_kept_prefixes=5, speculative_tokens=3
+    )
     setting = Setting(30, 4, 8, 64, config, frozenset(rng.sample(range(100), 3)))
     engine, runner, watcher = make(setting)
     engine.start()
@@ -456,8 +512,9 @@ def test_an_engine_that_dies_in_the_middle_of_a_storm() -> None:
             super().release(seq_id)
 
     rng = random.Random(6)
-    runner = Dies(Setting(30, 4, 8, 64, EngineConfig()).limits, peak=PEAK)
-    engine = Engine(runner, EngineConfig(max_running=8, prefix_sharing=False))
+    runner = Dies(Setting(30, 4, 8, 64, EngineConfig()).limits, NEXT, PEAK)
+    config = EngineConfig(max_running=8, prefix_sharing=False, speculative_tokens=4)
+    engine = Engine(runner, config, constrain=FakeConstraint)
     engine.start()
     load = random_requests(rng, 200, cancels=False)
 
@@ -478,13 +535,11 @@ def test_an_engine_that_dies_in_the_middle_of_a_storm() -> None:
         taken = [pair for part in parts for pair in part.result(PATIENCE)]
     reasons = set()
     for request, stream in taken:
-        *tokens, finish = stream.ready()
+        *events, finish = stream.ready()
         assert isinstance(finish, FinishEvent)
         reasons.add(finish.reason)
-        ids = [event.token_id for event in tokens if isinstance(event, TokenEvent)]
-        expected = alone(request.prompt, request.kind, request.seed, request.max_tokens)
-        assert ids == expected[: len(ids)]
-        assert finish.reason == "error" or ids == expected
+        assert events == alone(request)[: len(events)]
+        assert finish.reason == "error" or events == alone(request)
     assert "error" in reasons
     assert not engine.is_alive
     assert engine.gauges() == Gauges(0, 0, 0, 0, runner.limits.num_pages)

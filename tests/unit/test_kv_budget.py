@@ -77,6 +77,10 @@ class Model(RuleBasedStateMachine):
             self.runner.prefill([Chunk(seq_id, [1] * num_tokens)])
         self.grow(seq_id, num_tokens)
         assert needed == before - self.num_free
+        for num_pages in (0, needed, needed + 2):
+            room = self.budget.room(seq_id, num_pages)
+            assert self.budget.needed(seq_id, room) == num_pages
+            assert self.budget.needed(seq_id, room + 1) == num_pages + 1
 
     @precondition(lambda self: self.pages)
     @rule(data=st.data())
@@ -95,6 +99,20 @@ class Model(RuleBasedStateMachine):
         self.pages[child], self.is_retired[child] = self.pages[parent][:whole], False
         self.lengths[child] = whole * size
         self.grow(child, num_tokens - whole * size)
+
+    @precondition(has_live)
+    @rule(data=st.data())
+    def rollback(self, data: st.DataObject) -> None:
+        """Of tokens that nobody else has: no further than the last page that is shared."""
+        seq_id = self.draw(data, only_live=True)
+        others = {p for s, pages in self.pages.items() if s != seq_id for p in pages}
+        shared = sum(page in others for page in self.pages[seq_id])
+        length = data.draw(st.integers(shared * self.page_size, self.lengths[seq_id]))
+        num_tokens = self.lengths[seq_id] - length
+        self.budget.rollback(seq_id, num_tokens)
+        self.runner.rollback(seq_id, num_tokens)
+        self.lengths[seq_id] = length
+        del self.pages[seq_id][-(-length // self.page_size) :]
 
     @precondition(has_live)
     @rule(data=st.data())

@@ -19,7 +19,7 @@ from serve.engine import (
     Stream,
     Timings,
 )
-from serve.metrics import EngineMetrics, Registry, render
+from serve.metrics import ENGINE, HTTP_REJECTIONS, EngineMetrics, Registry, render
 from tests.fakes import FakeRunner
 
 pytestmark = pytest.mark.unit
@@ -73,14 +73,20 @@ def test_finished_requests() -> None:
     registry = Registry()
     observer = metrics(registry)
     observer.on_first_token(0.25)
+    observer.on_inter_token(0.0625)
+    observer.on_inter_token(0.125)
     observer.on_finish(FinishEvent("stop", 10, 4, 0, Timings(0.5, 0.25, 1.0)))
     observer.on_finish(FinishEvent("cancelled", 20, 0, 0, Timings(2.0)))
-    observer.on_rejected()
+    observer.on_rejected("queue_full")
     samples = scrape(registry)
     counts = {"stop": 1, "length": 0, "cancelled": 1, "error": 0, "rejected": 1}
     for outcome, count in counts.items():
         assert value(samples, "dlight_requests_total", outcome=outcome) == count
+    assert value(samples, "dlight_rejections_total", reason="queue_full") == 1
+    assert value(samples, "dlight_rejections_total", reason="draining") == 0
     assert value(samples, "dlight_time_to_first_token_seconds_sum") == 0.25
+    assert value(samples, "dlight_inter_token_seconds_sum") == 0.1875
+    assert value(samples, "dlight_inter_token_seconds_count") == 2
     assert value(samples, "dlight_request_seconds_sum") == 3.75
     assert value(samples, "dlight_queue_seconds_sum") == 2.5
     assert value(samples, "dlight_prompt_tokens_sum") == 30
@@ -140,6 +146,23 @@ def test_http() -> None:
     assert samples["http_request_seconds_sum", good] == 0.75
 
 
+@pytest.mark.parametrize("reason", HTTP_REJECTIONS)
+def test_what_did_not_get_to_an_engine_has_no_engines_labels(reason: str) -> None:
+    registry = Registry()
+    labels = frozenset({**dict.fromkeys(ENGINE, ""), "reason": reason}.items())
+    assert scrape(registry)["dlight_rejections_total", labels] == 0
+    registry.on_rejected(reason)
+    assert scrape(registry)["dlight_rejections_total", labels] == 1
+
+
+def test_reasons_are_a_closed_set() -> None:
+    registry = Registry()
+    with pytest.raises(KeyError):
+        registry.on_rejected("queue_full")
+    with pytest.raises(KeyError):
+        metrics(registry).on_rejected("rate_limit")
+
+
 def test_buckets_begin_at_100_microseconds() -> None:
     registry = Registry()
     metrics(registry).on_step(StepStats("decode", 0.00009, 1, 1))
@@ -165,10 +188,12 @@ def test_every_engine_metric_says_which_engine() -> None:
     registry = Registry()
     metrics(registry).on_library("cache", "none", "0123", "0.27")
     for name, labels in scrape(registry):
+        if name.startswith("dlight_server_"):  # of the process
+            continue
         assert name.startswith("dlight_")
         assert not name.endswith("_created")
         assert ":" not in name
-        assert labels >= LABELS.items()
+        assert labels >= LABELS.items() or dict(labels).get("reason") in HTTP_REJECTIONS
 
 
 class Recorder(EngineMetrics):

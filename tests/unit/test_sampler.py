@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from serve.engine import SamplingParams
-from serve.engine.sampler import sample
+from serve.engine.sampler import choose
 from serve.engine.sequence import Sequence
 
 pytestmark = pytest.mark.unit
@@ -49,7 +49,7 @@ def make(params: SamplingParams, prompt: Seq[int] = (0,), generated: Seq[int] = 
 def draw(row: Row, sequence: Sequence, uniform: float) -> int | None:
     """The token that is sampled when the generator says `uniform`."""
     sequence.rng = cast(np.random.Generator, Uniforms(uniform))
-    return sample(row[np.newaxis], [sequence])[0]
+    return choose(row, sequence)
 
 
 def one(row: Seq[float] | Row, uniform: float = 0.5, **params: Any) -> int | None:
@@ -175,7 +175,7 @@ def test_frequencies(params: dict[str, Any]) -> None:
     num_draws, row = 3000, logits(1, 24)
     sequence = make(SamplingParams(seed=7, **params), PROMPT, GENERATED)
     expected = probabilities(adjusted(row, sequence), sequence.params)
-    seen = Counter(sample(row[np.newaxis], [sequence])[0] for _ in range(num_draws))
+    seen = Counter(choose(row, sequence) for _ in range(num_draws))
     assert {int(i) for i in np.flatnonzero(expected)} >= seen.keys()
     kept = expected > 0
     counts = np.array([seen[i] for i in range(len(row))])[kept]
@@ -349,7 +349,7 @@ def test_no_token_from_a_broken_row(params: dict[str, Any]) -> None:
     rows[0, 39] = np.nan
     rows[1] = -np.inf
     sequences = [make(SamplingParams(seed=1, **params), PROMPT, GENERATED) for _ in rows]
-    first, second, third = sample(rows, sequences)
+    first, second, third = map(choose, rows, sequences)
     assert (first, second) == (None, None)
     assert third is not None  # one bad row fails one sequence
 
@@ -383,7 +383,8 @@ def test_the_rows_given_stay_as_they_are() -> None:
     rows = np.stack([logits(n, 40) for n in range(2)])
     before = rows.copy()
     params = (SamplingParams(**TOGETHER), SamplingParams(**{**TOGETHER, "temperature": 0.0}))
-    sample(rows, [make(p, PROMPT, GENERATED) for p in params])
+    for row, p in zip(rows, params, strict=True):
+        choose(row, make(p, PROMPT, GENERATED))
     np.testing.assert_array_equal(rows, before)
 
 
@@ -396,7 +397,7 @@ def mixed(size: int) -> list[SamplingParams]:
     return [SamplingParams(seed=n, **kinds[n % len(kinds)]) for n in range(size)]
 
 
-def test_a_batch_changes_nothing() -> None:
+def test_neither_order_nor_company_changes_a_choice() -> None:
     rows = np.stack([logits(n, 3000) for n in range(34)])
     params = mixed(len(rows))
 
@@ -404,9 +405,8 @@ def test_a_batch_changes_nothing() -> None:
         sequences = [make(p, PROMPT, GENERATED) for p in params]
         tokens: dict[int, list[int | None]] = {n: [] for n in range(len(rows))}
         for batch in batches:
-            chosen = sample(rows[batch], [sequences[n] for n in batch])
-            for n, token_id in zip(batch, chosen, strict=True):
-                tokens[n].append(token_id)
+            for n in batch:
+                tokens[n].append(choose(rows[n], sequences[n]))
         return tokens
 
     everybody = list(range(len(rows)))
@@ -421,7 +421,7 @@ def test_one_number_is_drawn_for_a_token(params: dict[str, Any]) -> None:
     sequence = make(SamplingParams(seed=3, **params), PROMPT, GENERATED)
     twin = make(SamplingParams(seed=3, **params), PROMPT, GENERATED)
     for _ in range(5):
-        assert sample(logits(2, 40)[np.newaxis], [sequence]) != [None]
+        assert choose(logits(2, 40), sequence) is not None
         twin.rng.random()
         assert sequence.rng.bit_generator.state == twin.rng.bit_generator.state
 
@@ -431,18 +431,18 @@ def test_greedy_draws_nothing() -> None:
     for params in (SamplingParams(temperature=0), SamplingParams(temperature=0, top_k=3)):
         sequence = make(params)
         sequence.rng = cast(np.random.Generator, uniforms)
-        sample(logits(2, 40)[np.newaxis], [sequence])
+        choose(logits(2, 40), sequence)
     assert uniforms.num_drawn == 0
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])
 def test_a_seed_gives_the_same_tokens(seed: int) -> None:
-    row = np.zeros((1, 1000), np.float32)
+    row = np.zeros(1000, np.float32)
     first, second = (make(SamplingParams(seed=seed)) for _ in range(2))
-    assert [sample(row, [first]) for _ in range(9)] == [sample(row, [second]) for _ in range(9)]
+    assert [choose(row, first) for _ in range(9)] == [choose(row, second) for _ in range(9)]
 
 
 def test_without_a_seed_every_sequence_has_its_own() -> None:
-    row = np.zeros((1, 50257), np.float32)
-    chosen = {sample(row, [make(SamplingParams())])[0] for _ in range(20)}
+    row = np.zeros(50257, np.float32)
+    chosen = {choose(row, make(SamplingParams())) for _ in range(20)}
     assert len(chosen) > 10

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serve.engine import Event, FinishEvent, Stream, TokenEvent
-from serve.engine.sequence import FinishReason
+from serve.engine.sequence import EarlyEnd
 from serve.engine.stream import StreamOutbox
 
 pytestmark = pytest.mark.unit
@@ -19,7 +19,7 @@ END = FinishEvent("length", 1, 3)
 EVENTS: list[Event] = [TokenEvent(1), TokenEvent(2), TokenEvent(3), END]
 
 
-def ignore(reason: FinishReason, num_generated: int | None) -> None:
+def ignore(stream: Stream, reason: EarlyEnd, num_generated: int | None) -> None:
     """For streams that nobody ends."""
 
 
@@ -100,15 +100,17 @@ def test_ready() -> None:
 
 
 def test_cancel_and_stop() -> None:
-    asked: list[tuple[FinishReason, int | None]] = []
+    asked: list[tuple[Stream, EarlyEnd, int | None]] = []
+    streams: list[Stream] = []
 
     async def main() -> None:
         stream = Stream(asyncio.get_running_loop(), lambda *asked_for: asked.append(asked_for))
+        streams.append(stream)
         stream.cancel()
         stream.stop(7)
 
     asyncio.run(main())
-    assert asked == [("cancelled", None), ("stop", 7)]
+    assert asked == [(streams[0], "cancelled", None), (streams[0], "stop", 7)]
 
 
 class CountingLoop(asyncio.SelectorEventLoop):

@@ -1,0 +1,346 @@
+"""Grammars over GPT-2's own vocabulary: what they let through, and what is refused in time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve.engine import Row, SamplingParams
+from serve.engine.generate import generate
+from serve.engine.sequence import Sequence
+from serve.errors import RequestError
+from serve.grammar import (
+    MAX_PATTERNS,
+    MAX_REGEX_BYTES,
+    MAX_SUBSCHEMAS,
+    MAX_TEXT_BYTES,
+    GrammarConstraint,
+    Grammars,
+)
+from serve.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.unit
+
+TOKENIZER = Tokenizer.bundled()
+EOS = TOKENIZER.eos_token_id
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b", "ü"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+@cache
+def grammars() -> Grammars:
+    return Grammars(TOKENIZER)
+
+
+def allowed(constraint: GrammarConstraint) -> set[int]:
+    row = np.zeros(TOKENIZER.vocab_size, np.float32)
+    constraint.mask(row)
+    assert set(np.unique(row)) <= {0.0, -np.inf}
+    return {int(i) for i in np.flatnonzero(row == 0)}
+
+
+def matches(text: str, answer: str) -> bool:
+    """Whether the answer can be generated, token by token, and then end."""
+    constraint = grammars().constrain(text)
+    for token_id in [*TOKENIZER.encode(answer), EOS]:
+        is_allowed = token_id in allowed(constraint)
+        assert constraint.allowed([token_id]) >= is_allowed
+        if not is_allowed:
+            return False
+        assert not constraint.is_over
+        constraint.accept(token_id)
+    assert constraint.is_over
+    return True
+
+
+def by_chance(text: str, seed: int, favour: Callable[[Row], None]) -> str:
+    """What a model that knows nothing answers under this grammar."""
+    chance = np.random.default_rng(seed)
+    params = SamplingParams(max_tokens=1000, seed=seed)  # the end ends it without a stop token
+    constraint = grammars().constrain(text)
+    sequence = Sequence(0, (1,), params, constraint=constraint)
+    while (reason := sequence.finish_reason()) is None:
+        row = chance.normal(0, 2, TOKENIZER.vocab_size).astype(np.float32)
+        favour(row)
+        generate(sequence, row[np.newaxis], (), [])
+    assert reason == "stop"
+    assert sequence.token_ids[-1] == EOS
+    return TOKENIZER.decode_bytes(sequence.token_ids[1:-1]).decode("utf-8", "strict")
+
+
+def closers(row: Row) -> None:
+    """Quotes, brackets and the end are likely, or a string would never end."""
+    for text in ('"', "}", "]", '":', '",', '"}', "1", "0"):
+        row[TOKENIZER.encode(text)[0]] += 12
+    row[EOS] += 14
+
+
+# -- what matches
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("{}", True),
+        ('{"a": 1, "b": [true, null, {"c": "é\\n"}]}', True),
+        ('{\n  "a": 1\n}', True),
+        ("[]", False),
+        (" {}", False),
+        ('{"a": 1', False),
+        ('{"a": 01}', False),
+        ("{} and more", False),
+        ('{"a":' + " " * 16 + "1}", True),
+        ('{"a":' + " " * 17 + "1}", False),
+    ],
+)
+def test_json_object(answer: str, expected: bool) -> None:
+    assert matches(grammars().json_object(), answer) is expected
+
+
+def test_json_schema() -> None:
+    text = grammars().json_schema(PERSON)
+    for answer, expected in [
+        ('{"name": "Ann", "age": 3, "tags": ["a", "ü"]}', True),
+        ('{"name":"","age":150,"tags":[]}', True),
+        ('{"name": "Ann", "age": 151, "tags": []}', False),
+        ('{"name": "Ann", "age": -1, "tags": []}', False),
+        ('{"name": "Ann", "age": 3, "tags": ["c"]}', False),
+        ('{"name": "Ann", "age": 3, "tags": [], "x": 1}', False),
+        ('{"name": "Ann", "age": 3}', False),
+        ('{"name": "Ann Ann Ann Ann", "age": 3, "tags": []}', False),
+    ]:
+        assert matches(text, answer) is expected, answer
+
+
+def test_a_schema_cannot_make_the_text_something_else_than_json() -> None:
+    schema = {"type": "array", "items": {"type": "integer"}}
+    given = schema | {"x-guidance": {"item_separator": ";", "whitespace_pattern": "x*"}}
+    assert grammars().json_schema(given) == grammars().json_schema(schema)
+
+
+def test_regex_and_choice_match_the_whole_text() -> None:
+    text = grammars().regex(r"[a-z]+@[a-z]+\.(com|org)")
+    assert matches(text, "ann@example.org")
+    assert not matches(text, "ann@example.net")
+    assert not matches(text, "ann@example.orgs")
+    text = grammars().choice(["yes", "yes, but", "a.b*(", "no\n", "für 日本"])
+    for answer in ("yes", "yes, but", "a.b*(", "no\n", "für 日本"):
+        assert matches(text, answer)
+    for answer in ("axb*(", "no", "", "yes,", "fur"):
+        assert not matches(text, answer)
+
+
+def test_at_the_end_of_the_grammar_only_the_end_of_text_may_come() -> None:
+    constraint = grammars().constrain(grammars().choice(["yes"]))
+    assert EOS not in allowed(constraint)
+    constraint.accept(TOKENIZER.encode("yes")[0])
+    assert allowed(constraint) == {EOS}
+
+
+def test_a_byte_of_a_character_is_allowed_where_the_character_is() -> None:
+    """日 has three bytes; GPT-2 has tokens for single bytes, which are no text."""
+    constraint = grammars().constrain(grammars().regex("[一-龠]"))
+    for byte in "日".encode():
+        [token_id] = [i for i in allowed(constraint) if TOKENIZER.token_bytes(i) == bytes([byte])]
+        constraint.accept(token_id)
+    assert allowed(constraint) == {EOS}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_generated_to_its_end_is_json_of_the_schema(seed: int) -> None:
+    found = json.loads(by_chance(grammars().json_schema(PERSON), seed, closers))
+    assert found.keys() == {"name", "age", "tags"}
+    assert len(found["name"]) <= 12
+    assert 0 <= found["age"] <= 150
+    assert set(found["tags"]) <= {"a", "b", "ü"}
+    anything = json.loads(by_chance(grammars().json_object(), seed, closers))
+    assert isinstance(anything, dict)
+
+
+def test_a_model_with_fewer_tokens_than_the_tokenizer() -> None:
+    constraint = grammars().constrain(grammars().regex("[a-z]+"))
+    for size in (1000, 1001, TOKENIZER.vocab_size):
+        row = np.zeros(size, np.float32)
+        constraint.mask(row)
+        found = {int(i) for i in np.flatnonzero(row == 0)}
+        assert found == {i for i in allowed(constraint) if i < size}
+        assert found >= {TOKENIZER.encode(c)[0] for c in "abc"}
+
+
+# -- state
+
+
+def test_looking_ahead_changes_nothing() -> None:
+    constraint = grammars().constrain(grammars().regex("(ab)*"))
+    a, b = (TOKENIZER.encode(c)[0] for c in "ab")
+    before = allowed(constraint)
+    assert constraint.allowed([a, b, a, b, EOS]) == 5
+    assert constraint.allowed([a, b, b, a]) == 2
+    assert constraint.allowed([b]) == constraint.allowed([]) == 0
+    assert allowed(constraint) == before
+    assert not constraint.is_over
+
+
+def test_constraints_of_one_grammar_do_not_disturb_each_other() -> None:
+    text = grammars().choice(["yes", "no"])
+    first, second = (grammars().constrain(text) for _ in range(2))
+    first.accept(TOKENIZER.encode("yes")[0])
+    assert allowed(first) == {EOS}
+    assert TOKENIZER.encode("no")[0] in allowed(second)
+    assert TOKENIZER.encode("no")[0] in allowed(grammars().constrain(text))
+
+
+def test_a_token_that_is_not_allowed_is_an_error_for_good(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    constraint = grammars().constrain(grammars().choice(["yes"]))
+    with pytest.raises(RequestError, match="any further"):
+        constraint.accept(TOKENIZER.encode("no")[0])
+    with pytest.raises(RequestError, match="any further"):
+        constraint.mask(np.zeros(TOKENIZER.vocab_size, np.float32))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_only_the_grammars_used_last_stay_compiled() -> None:
+    few = Grammars(TOKENIZER, max_kept=2)
+    texts = [few.choice([word]) for word in ("one", "two")]
+    few.constrain(texts[0])
+    texts.append(few.choice(["three"]))
+    assert list(few._kept) == [texts[0], texts[2]]
+    assert few.constrain(texts[1]).allowed(TOKENIZER.encode("two")) == 1  # compiled again
+
+
+def test_from_many_threads() -> None:
+    few = Grammars(TOKENIZER, max_kept=3)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+
+    def use(seed: int) -> None:
+        chance = np.random.default_rng(seed)
+        for _ in range(30):
+            word = words[chance.integers(len(words))]
+            constraint = few.constrain(few.choice([word]))
+            for token_id in [*TOKENIZER.encode(word), EOS]:
+                assert token_id in allowed(constraint)
+                constraint.accept(token_id)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(use, range(8)))) == 8
+
+
+# -- what is refused, before it takes long or overflows a stack
+
+DEEP: dict[str, Any] = {"type": "integer"}
+for _ in range(400):
+    DEEP = {"type": "array", "items": DEEP}
+CHAIN: dict[str, Any] = {"$ref": "#/$defs/0", "$defs": {"3000": {"type": "integer"}}} | {
+    "$defs": {f"{n}": {"type": "array", "items": {"$ref": f"#/$defs/{n + 1}"}} for n in range(3000)}
+}
+MANY_PATTERNS = {"allOf": [{"pattern": f".*{n}.*"} for n in range(15)]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ({"type": "foo"}, "foo"),
+        ({"type": "object", "dependencies": {"a": ["b"]}}, "dependencies"),
+        ({"type": "string", "pattern": "(a"}, "regex"),
+        ({"$ref": "http://127.0.0.1/schema"}, "http"),
+        ({"$ref": "#"}, "cannot be used"),
+        ({"enum": []}, "cannot be used"),
+        ({"type": "object", "x": math.nan}, "not JSON"),
+        ({"const": "\ud800"}, "surrogate"),
+        (DEEP, "recursion"),
+        (CHAIN, "at most 32768"),
+        ({"$defs": {"a": [{}] * MAX_SUBSCHEMAS}}, "subschemas"),
+        (MANY_PATTERNS, "patterns"),
+        ({"patternProperties": {f"^{n}$": {} for n in range(MAX_PATTERNS + 1)}}, "patterns"),
+        ({"enum": ["x" * MAX_TEXT_BYTES]}, "at most"),
+        ({"type": "string", "pattern": "(a?){300}a{300}", "maxLength": 10**5}, "cannot be used"),
+    ],
+    ids=str,
+)
+def test_schemas(schema: dict[str, Any], why: str) -> None:
+    with pytest.raises(RequestError, match=why) as caught:
+        grammars().json_schema(schema)
+    assert caught.value.param == "response_format"
+    assert len(str(caught.value)) < 500
+
+
+def test_many_patterns_are_fine_where_nothing_combines_them() -> None:
+    properties = {f"p{n}": {"type": "string", "pattern": f"^a{n}$"} for n in range(50)}
+    text = grammars().json_schema({"type": "object", "properties": properties})
+    assert matches(text, '{"p1": "a1", "p49": "a49"}')
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a", "a(?=b)", r"(a)\1", "\ud800", "a" * (MAX_REGEX_BYTES + 1), "[ab]?" * 819],
+    ids=lambda pattern: pattern[:20].encode("utf-8", "replace"),
+)
+def test_regular_expressions(pattern: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        grammars().regex(pattern, param="structured_outputs")
+    assert caught.value.param == "structured_outputs"
+
+
+@pytest.mark.parametrize("choices", [[], ["a", ""], ["\ud800"], ["a" * MAX_TEXT_BYTES, "b"]])
+def test_choices(choices: list[str]) -> None:
+    with pytest.raises(RequestError) as caught:
+        grammars().choice(choices)
+    assert caught.value.param == "guided_choice"
+
+
+def test_a_text_that_is_no_grammar() -> None:
+    with pytest.raises(RequestError):
+        grammars().constrain("nonsense")
+
+
+@pytest.mark.parametrize("link", ["items", "anyOf", "allOf", "prefixItems", "properties"])
+def test_the_deepest_chain_that_is_taken_overflows_no_stack(link: str) -> None:
+    """In a thread, as the server does it. An overflow would end this process."""
+    length = (MAX_SUBSCHEMAS - 4) // (3 if link == "properties" else 2)
+
+    def linked(n: int) -> dict[str, Any]:
+        target: Any = {"$ref": f"#/$defs/{n + 1}"}
+        wrapped = {"items": target, "properties": {"p": target}}.get(link, [target])
+        return {link: wrapped}
+
+    definitions = {f"{n}": linked(n) for n in range(length)} | {f"{length}": {"type": "integer"}}
+    schema = {"$ref": "#/$defs/0", "$defs": definitions}
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(grammars().json_schema, schema).result()
+
+
+def test_deep_links_of_a_chain() -> None:
+    """As many levels as subschemas; each definition is as deep as llguidance reads JSON."""
+    definitions: dict[str, Any] = {"9": {"type": "integer"}}
+    for n in range(9):
+        node: dict[str, Any] = {"$ref": f"#/$defs/{n + 1}"}
+        for _ in range(54):
+            node = {"items": {"items": node}, "type": "array"}
+        definitions[f"{n}"] = node
+    with ThreadPoolExecutor(1) as pool:
+        schema = {"$ref": "#/$defs/0", "$defs": definitions}
+        assert pool.submit(grammars().json_schema, schema).result()
+
+
+def test_the_largest_that_are_taken() -> None:
+    words = [f"w{n:05}" for n in range(MAX_TEXT_BYTES // 6)]
+    assert matches(grammars().choice(words), words[-1])
+    one = grammars().constrain(grammars().choice(["é" * (MAX_TEXT_BYTES // 2)]))
+    assert allowed(one) == {TOKENIZER.encode("é")[0]}
