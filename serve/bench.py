@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from serve import launch
+from serve import loading
 from serve.backends import usable_cpus
 from serve.config import Settings
 from serve.engine import Chunk, Logits
@@ -166,7 +166,7 @@ def prepare(
 ) -> tuple[dict[str, TVMRunner], dict[str, Any]]:
     """A runner for each profile, on one copy of the weights."""
     length = options.prompt_tokens + options.decode_tokens
-    chosen = [launch.select(settings, name) for name in options.profiles]
+    chosen = [loading.select(settings, name) for name in options.profiles]
     model, backend = chosen[0].model, chosen[0].backend
     if length > model.config.n_positions:
         expected = f"at most {model.config.n_positions} tokens, prompt and decode together"

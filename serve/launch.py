@@ -1,147 +1,39 @@
-"""The composition root: the one file that knows everybody.
-
-Model, library, runner, engine, app, server.
-"""
+"""The server's composition root: model, engines' process, app, HTTP. It has no TVM."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import logging
 import math
+import signal
 import socket
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from profiles import Profile, load_profile
-from serve.api.app import ServedModel, ServedModels, create_app
-from serve.backends import Backend, get_backend
-from serve.compiler.cache import LibraryCache, default_cache_dir
-from serve.compiler.compile import Compiled, CompileJob, get_library
+from serve.api.app import ServedModels, create_app
+from serve.api.auth import Keys, is_loopback
+from serve.chat_template import chat_template
 from serve.config import Settings
-from serve.engine import Engine
-from serve.errors import ConfigError
-from serve.metrics import EngineMetrics, Registry, render
+from serve.deployment import Deployment, ModelFacts
+from serve.engine.remote import HostProcess
+from serve.errors import ConfigError, EngineError, ServeError
+from serve.grammar import Grammars
+from serve.metrics import Registry, render
 from serve.model.source import ModelSource, find_model
-from serve.runtime.runner import TVMRunner
-from serve.runtime.weights import DeviceWeights
+from serve.protocol import Protocol
 from serve.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 PROMPT = "Four score and seven years ago"
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What the settings choose: a model, a backend and a profile, found but not yet compiled."""
-
-    model: ModelSource
-    backend: Backend
-    profile: Profile
-
-    def compile(self, settings: Settings, say: Say) -> Compiled:
-        """The library, from the cache or compiled, with progress."""
-        job = CompileJob(self.model.config, self.backend, self.profile)
-        what = f"{self.model.name} on {self.backend.name} under profile {self.profile.name}"
-        return get_library(
-            job,
-            library_cache(settings),
-            lambda phase: say(f"compiling {what}: {phase}"),
-            settings.library.compile_time_limit_seconds,
-        )
-
-
-def select(settings: Settings, profile: str | None = None) -> Selection:
-    """Find what the settings name. Raises ModelError, BackendError, ProfileError."""
-    library = settings.library
-    folder = library.profiles_dir
-    return Selection(
-        find_model(settings.model.source, settings.hub),
-        get_backend(library.backend, library.mcpu, library.mattr),
-        load_profile(profile or library.profile, Path(folder) if folder else None),
-    )
-
-
-def library_cache(settings: Settings) -> LibraryCache:
-    given = settings.library.cache_dir
-    return LibraryCache(Path(given) if given else default_cache_dir())
-
-
-def load_tokenizer(model: ModelSource, say: Say) -> Tokenizer:
-    """The model's own tokenizer, or GPT-2's."""
-    names = ("tokenizer.json", "vocab.json", "vocab.bpe")
-    folder = model.folder
-    if folder is not None and any((folder / name).exists() for name in names):
-        tokenizer = Tokenizer.from_folder(folder)
-    else:
-        tokenizer = Tokenizer.bundled()
-    if tokenizer.vocab_size > model.config.vocab_size:
-        say(
-            f"WARNING: {model.spec} has {model.config.vocab_size} tokens, its tokenizer "
-            f"{tokenizer.vocab_size}: text that needs one of the others is refused"
-        )
-    return tokenizer
-
-
-def load_model(chosen: Selection, settings: Settings, registry: Registry, say: Say) -> ServedModel:
-    """Compile, load, and start the engine."""
-    model, backend, profile = chosen.model, chosen.backend, chosen.profile
-    device = backend.device()
-    tokenizer = load_tokenizer(model, say)
-    compiled = chosen.compile(settings, say)
-    library = compiled.library
-    say(f"library {library.manifest.digest[:12]} ({compiled.source}, {compiled.seconds:.1f} s)")
-    start = time.perf_counter()
-    runner = TVMRunner(
-        library,
-        DeviceWeights(model.load(), device),
-        backend,
-        settings.runner,
-        tokenizer.vocab_size,
-    )
-    say(f"weights of {model.spec} loaded ({time.perf_counter() - start:.1f} s)")
-    name = settings.model.name or model.name
-    metrics = EngineMetrics(
-        registry,
-        name,
-        backend.name,
-        profile.name,
-        gauges=lambda: engine.gauges(),
-        window_seconds=settings.metrics.window_seconds,
-    )
-    engine = Engine(runner, settings.engine, metrics)
-    manifest = library.manifest
-    metrics.on_library(
-        compiled.source,
-        manifest.quantization,
-        manifest.digest,
-        manifest.tvm_version,
-        compile_seconds=manifest.compile_seconds,
-    )
-    engine.start()
-    return ServedModel(
-        name=name,
-        aliases=_aliases(name, model.spec, backend.name, profile.name),
-        backend=backend.name,
-        profile=profile.name,
-        quantization=manifest.quantization,
-        max_context=runner.limits.max_context,
-        digest=manifest.digest,
-        created=int(time.time()),
-        tokenizer=tokenizer,
-        engine=engine,
-        on_rejected=metrics.on_rejected,
-    )
-
-
-def _aliases(name: str, spec: str, backend: str, profile: str) -> tuple[str, ...]:
-    aliases = (f"{name}@{profile}", f"{name}@{backend}:{profile}")
-    return aliases if spec == name or Path(spec).is_dir() else (*aliases, spec)
 
 
 class Server(uvicorn.Server):
@@ -159,41 +51,105 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(settings: Settings, say: Say) -> None:
-    """Serve until a signal ends it. Raises ServeError or ProfileError if it cannot start."""
-    server = settings.server
-    chosen = select(settings)
-    sock = listen(server.host, server.port)  # before the long part: a taken port is told at once
+def run(
+    settings: Settings, host: HostProcess, read_settings: Callable[[], Settings], say: Say
+) -> None:
+    """Serve until a signal ends it. Raises ServeError if it cannot start, or its engines die.
+
+    host: the engines' process, which is ended in any case. read_settings: reads them again, on
+    SIGHUP and POST /admin/reload.
+    """
     try:
-        registry = Registry()
-        served = ServedModels([load_model(chosen, settings, registry, say)])
-        app = create_app(served, lambda: render(registry), observe_http=registry.observe_http)
-        sock.listen(2048)
-        sock.setblocking(False)
-        _announce(served, server.host, sock.getsockname()[1], chosen.model.is_noise, say)
-        config = _uvicorn_config(app, server.drain_seconds)
-        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_serve(config, served, sock, server.drain_seconds))
+        _start(settings, host, read_settings, say)
     finally:
-        sock.close()
+        host.kill()
     say("stopped")
 
 
-def _uvicorn_config(app: FastAPI, drain_seconds: float) -> uvicorn.Config:
-    longest = math.ceil(drain_seconds) + 1  # the engine ends what is left a second earlier
-    return uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=longest)
+def _start(
+    settings: Settings, host: HostProcess, read_settings: Callable[[], Settings], say: Say
+) -> None:
+    server = settings.server
+    # What can be wrong is told at once, before the long part.
+    server.check_tls()
+    keys = settings.auth.read_api_keys(), settings.auth.read_admin_keys()
+    model = find_model(settings.model.source, settings.hub)
+    facts = _model_facts(model, settings, say)
+    sock = listen(server.host, server.port)
+    with sock:
+        loop_factory = uvicorn.Config("").get_loop_factory()
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(_run(settings, keys, host, read_settings, facts, sock, say))
+
+
+async def _run(
+    settings: Settings,
+    keys: tuple[Keys, Keys],
+    host: HostProcess,
+    read_settings: Callable[[], Settings],
+    model: ModelFacts,
+    sock: socket.socket,
+    say: Say,
+) -> None:
+    registry, loop = Registry(), asyncio.get_running_loop()
+    registry.tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
+    deaths: list[str] = []
+    servers: list[Server] = []
+
+    def on_death(message: str) -> None:
+        deaths.append(message)
+        for server in servers:
+            server.should_exit = True
+
+    deployment = Deployment(settings, model, registry, say, read_settings, on_death, host)
+    try:
+        await deployment.start()
+        app = create_app(
+            deployment.served,
+            lambda: render(registry),
+            observe_http=registry.observe_http,
+            versions=_versions(),
+            limits=settings.limits,
+            api_keys=keys[0],
+            admin_keys=keys[1],
+            cors_origins=settings.server.cors_origins,
+            log_prompts=settings.server.log_prompts,
+            on_rejected=registry.on_rejected,
+            admin=deployment,
+        )
+        sock.listen(2048)
+        sock.setblocking(False)
+        _announce(deployment.served, settings, sock.getsockname()[1], say)
+        await _serve(_uvicorn_config(settings, app), deployment, sock, servers, say)
+    finally:
+        deployment.close()
+    if deaths:
+        raise EngineError(deaths[0])
 
 
 async def _serve(
-    config: uvicorn.Config, served: ServedModels, sock: socket.socket, drain_seconds: float
+    config: uvicorn.Config,
+    deployment: Deployment,
+    sock: socket.socket,
+    servers: list[Server],
+    say: Say,
 ) -> None:
     loop = asyncio.get_running_loop()
     drains: list[asyncio.Task[None]] = []
+    reloads: set[asyncio.Task[None]] = set()
 
-    def drain(seconds: float = drain_seconds) -> None:
-        drains.extend(loop.create_task(model.engine.drain(seconds)) for model in served)
+    def drain(seconds: float | None = None) -> None:
+        drains.append(loop.create_task(deployment.drain(seconds)))
 
+    def reload() -> None:
+        task = loop.create_task(_reload(deployment, say))
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    with contextlib.suppress(AttributeError, NotImplementedError):  # no such signal on Windows
+        loop.add_signal_handler(signal.SIGHUP, reload)
     server = Server(config, lambda: loop.call_soon_threadsafe(drain))
+    servers.append(server)
     await server.serve(sockets=[sock])
     if server.force_exit:  # the second signal: whatever still runs is cancelled
         drain(0)
@@ -203,21 +159,89 @@ async def _serve(
     await asyncio.gather(*drains)
 
 
-def _announce(served: ServedModels, host: str, port: int, is_noise: bool, say: Say) -> None:
+async def _reload(deployment: Deployment, say: Say) -> None:
+    """On SIGHUP: say what came of it."""
+    try:
+        report = await deployment.reload()
+    except ServeError as error:
+        log.error("reload refused, nothing was changed: %s", error)
+    else:
+        say(f"reloaded: {', '.join(report.changed) or 'nothing has changed'}")
+
+
+def _model_facts(model: ModelSource, settings: Settings, say: Say) -> ModelFacts:
+    tokenizer = Tokenizer.of_model(model.folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        say(
+            f"WARNING: {model.spec} has {model.config.vocab_size} tokens, its tokenizer "
+            f"{tokenizer.vocab_size}: text that needs one of the others is refused"
+        )
+    if model.is_noise:
+        say("WARNING: these weights are random: the text is noise, only the speed means something")
+    name, template = settings.model.name or model.name, settings.model.chat_template
+    is_name = model.spec == name or Path(model.spec).is_dir()
+    return ModelFacts(
+        name,
+        () if is_name else (model.spec,),
+        tokenizer,
+        Grammars(tokenizer),
+        None if template is None else _read_template(template),
+    )
+
+
+def _read_template(file: str) -> str:
+    try:
+        source = Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "settings", "model.chat_template", file, f"a text file: {error}"
+        ) from None
+    chat_template(source)  # raises ModelError for what is no template
+    return source
+
+
+def _versions() -> dict[str, str]:
+    """Of the server and of what it stands on."""
+    names = {"version": "dlight-serve", "tvm": "apache-tvm"}
+    return {key: metadata.version(name) for key, name in names.items()}
+
+
+def _uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+    server = settings.server
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        log_config=None,  # the command has set the logs up
+        access_log=False,  # the app's own line says more
+        proxy_headers=False,  # whoever connects is the client, whatever he says of himself
+        server_header=False,
+        timeout_keep_alive=server.keep_alive_seconds,
+        # The engines end what is left a second earlier.
+        timeout_graceful_shutdown=math.ceil(server.drain_seconds) + 1,
+        ssl_certfile=server.tls_certificate,
+        ssl_keyfile=server.tls_key,
+    )
+
+
+def _announce(served: ServedModels, settings: Settings, port: int, say: Say) -> None:
     """What is served, where, and a command that shows it."""
-    [model] = served
+    host, model = settings.server.host, served.default
+    assert model is not None
     url_host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
         host, f"[{host}]" if ":" in host else host
     )
-    url = f"http://{url_host}:{port}"
+    scheme = "http" if settings.server.tls_certificate is None else "https"
+    url = f"{scheme}://{url_host}:{port}"
     body = {"model": model.name, "prompt": PROMPT, "max_tokens": 320, "temperature": 0}
-    say(f"serving {model.name} ({', '.join(model.aliases)}) at {url}")
-    if is_noise:
-        say("WARNING: these weights are random: the text is noise, only the speed means something")
-    if host not in ("127.0.0.1", "::1", "localhost"):
+    others = [name for name in served.names if name != model.name]
+    say(f"serving {model.name} ({', '.join(others)}) at {url}")
+    if settings.auth.is_open and not is_loopback(host):
         say(f"WARNING: listening on {host} without api keys: whoever reaches it can use it")
     say("try it:")
     header = "-H 'Content-Type: application/json'"
+    if not settings.auth.is_open:
+        header += " -H 'Authorization: Bearer KEY'"
     say(f"  curl {url}/v1/completions {header} -d '{json.dumps(body)}'")
 
 

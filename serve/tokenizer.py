@@ -52,6 +52,14 @@ class Tokenizer:
         return cls(_from_merges(data.decode("utf-8")))
 
     @classmethod
+    def of_model(cls, folder: Path | None) -> Tokenizer:
+        """The model's own, if its folder has one, or GPT-2's."""
+        names = ("tokenizer.json", "vocab.json", "vocab.bpe")
+        if folder is not None and any((folder / name).exists() for name in names):
+            return cls.from_folder(folder)
+        return cls.bundled()
+
+    @classmethod
     def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """The tokenizer of a Hugging Face model folder; of several kinds the first listed wins."""
         folder = Path(path)
@@ -99,6 +107,12 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """One token's exact bytes, often not whole characters."""
         return self.decode_bytes((token_id,))
+
+    def symbols(self, token_id: int) -> str:
+        """A token of the vocabulary as its files write it, where a space is Ġ."""
+        symbols = self._backend.id_to_token(token_id)
+        assert symbols is not None, token_id
+        return symbols
 
     def detokenizer(self, skip_special: bool = True) -> Detokenizer:
         """A new incremental decoder, for one sequence."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from serve import bench, launch
+from serve import bench, loading
 from serve.backends import usable_cpus
 from serve.compiler.arguments import work_of
 from serve.compiler.library import Manifest
@@ -78,7 +78,7 @@ def run(options: Options, settings: Settings, say: bench.Say) -> dict[str, Any]:
     """Trace, print the table, write the JSON; returns what it holds."""
     if options.json_file is not None:
         bench.check_writable(options.json_file)
-    chosen = launch.select(settings)
+    chosen = loading.select(settings)
     library = chosen.compile(settings, say).library
     kernels = {entry["kernel"]: entry for entry in library.manifest.coverage}
     instrument = Instrument(kernels, chosen.backend.device())

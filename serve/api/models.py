@@ -39,12 +39,12 @@ def routes(models: ServedModels) -> APIRouter:
     @router.get("/v1/models", responses=openapi.answers(ModelList))
     async def list_models() -> ModelList:
         """Every name that `model` may have in a request."""
-        return ModelList(data=[_card(name, model) for model in models for name in model.names])
+        return ModelList(data=[_card(name, models.named(name)) for name in models.names])
 
     @router.get("/v1/models/{name:path}", responses=openapi.answers(ModelCard, 404))
     async def retrieve_model(name: str) -> ModelCard:
         """One model, by any of its names."""
-        return _card(name, models.find(name))
+        return _card(name, models.named(name))
 
     return router
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
@@ -22,25 +21,11 @@ from serve.compiler.library import Library
 from serve.engine import Chunk, Logits, RunnerLimits
 from serve.errors import LibraryError
 from serve.model.config import GPT2Config
+from serve.runtime.config import RunnerConfig
 from serve.runtime.kv_cache import make_kv_cache
 from serve.runtime.weights import DeviceWeights
 
 _SHARE_CPUS = -3  # TVM's AffinityMode kSpecifyThreadShareAllCore
-
-
-@dataclass(frozen=True)
-class RunnerConfig:
-    """How much a runner holds.
-
-    max_batch: sequences in one step. max_step_tokens: prompt tokens in one step. kv_tokens:
-    positions in the KV cache over all sequences; None: the context of 8 sequences. threads: None is
-    every CPU that the process may use.
-    """
-
-    max_batch: int = 32
-    max_step_tokens: int = 512
-    kv_tokens: int | None = None
-    threads: int | None = None
 
 
 class TVMRunner:
@@ -68,11 +53,13 @@ class TVMRunner:
         self._bind_thread()
         self._device = backend.device()
         _check_features(library, backend)
-        self._vm = _load(library, self._device)
+        # TVM's pool keeps what is freed by its exact size, so a step of each number of tokens for
+        # good; on the CPU the C library's memory is as fast.
+        self._vm = _load(library, self._device, "naive" if backend.family == "cpu" else None)
         self._params = _in_order(library, weights, self._device)
         model = GPT2Config(**manifest.model_config)
         self._vocab_size = model.vocab_size
-        kv_tokens = config.kv_tokens or 8 * model.n_positions
+        kv_tokens = config.kv_tokens_for(model.n_positions)
         step_tokens = max(config.max_step_tokens, config.max_batch)
         self._kv = make_kv_cache(manifest, self._vm, config.max_batch, kv_tokens, step_tokens)
         num_pages = self._kv.num_free
@@ -172,7 +159,7 @@ def _check_features(library: Library, backend: Backend) -> None:
 
 
 def _load(library: Library, device: tvm.runtime.Device, memory: str | None = None) -> Any:
-    """A virtual machine. `memory`: "naive" gives back what is freed; else it is kept for later."""
+    """A virtual machine. `memory`: "naive" gives back what is freed; None keeps it for later."""
     manifest = library.manifest
     if manifest.tvm_version != tvm.__version__:
         raise LibraryError(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,17 @@ class ServerProcess:
             if "startup complete" in line:
                 self._started.set()
         self._started.set()  # it has ended
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_for(self, pattern: str) -> None:
+        """Until a line of its output has it."""
+        deadline = time.monotonic() + PATIENCE
+        while not any(re.search(pattern, line) for line in list(self.output)):
+            assert time.monotonic() < deadline, f"no {pattern!r} in {''.join(self.output)}"
+            time.sleep(0.02)
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench.peers.protocol import Generated, Load
-from serve import launch
+from serve import loading
 from serve.backends import get_backend
 from serve.config import Settings, load_settings
 from serve.engine import Chunk, Engine, FinishEvent, Logits, SamplingParams, TokenEvent
@@ -39,7 +39,7 @@ def load(load: Load) -> OursAlone | OursAtOnce:
 
 def _runner(load: Load, settings: Settings) -> tuple[TVMRunner, dict[str, Any]]:
     """The runner with a KV cache just large enough, and what to report of it."""
-    chosen = launch.select(settings)
+    chosen = loading.select(settings)
     library = chosen.compile(settings, lambda _: None).library
     kv_tokens = load.max_requests * -(-load.max_context // PAGE) * PAGE
     config = replace(
