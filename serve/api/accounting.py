@@ -1,18 +1,19 @@
-"""What a finished request cost: its tokens and its time."""
+"""What a request costs: its tokens and its time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from serve.api.generation import Choice
-from serve.api.schemas import PromptTokensDetails, Timings, Usage
+from serve.api.choice import Choice
+from serve.api.responses import PromptTokensDetails, Timings, Usage
 
 
 def usage(choices: Sequence[Choice]) -> Usage:
-    """Tokens of all choices together, which must be finished."""
-    num_prompt = sum(len(choice.prompt_ids) for choice in choices)
+    """Tokens so far: each prompt's once, however many choices it has, and what all generated."""
+    firsts = [choice for choice in choices if choice.sample == 0]
+    num_prompt = sum(len(choice.prompt_ids) for choice in firsts)
     num_generated = sum(choice.num_generated for choice in choices)
-    num_cached = sum(c.result.num_cached_tokens for c in choices if c.result is not None)
+    num_cached = sum(c.result.num_cached_tokens for c in firsts if c.result is not None)
     return Usage(
         prompt_tokens=num_prompt,
         completion_tokens=num_generated,

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-import time
-import uuid
-from collections.abc import AsyncGenerator
-from contextlib import closing
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.api import accounting, openapi, sse
+from serve.api import openapi, sse
+from serve.api.answers import Answer, deadline_of, respond
 from serve.api.body import read_json
-from serve.api.generation import Choice, Generation
+from serve.api.choice import Choice, ScoredToken, Wanted
+from serve.api.logprobs import completion_logprobs
 from serve.api.prompts import prompt_ids
+from serve.api.responses import CompletionChoice, CompletionLogprobs, CompletionResponse
 from serve.api.sampling import sampling_params
-from serve.api.schemas import CompletionChoice, CompletionRequest, CompletionResponse
+from serve.api.schemas import CompletionRequest
 from serve.api.served import ServedModel, ServedModels
-from serve.stops import StopChecker
+from serve.api.structured import grammar_of
+from serve.api.submission import submit
 
 
 def routes(models: ServedModels) -> APIRouter:
@@ -28,121 +29,99 @@ def routes(models: ServedModels) -> APIRouter:
 
     @router.post(
         "/v1/completions",
-        responses=openapi.answers(CompletionResponse, 400, 404, 429, 503, stream=True),
+        responses=openapi.generated(CompletionResponse, CompletionResponse),
         openapi_extra=openapi.body(CompletionRequest),
     )
     async def create_completion(request: Request) -> Response:
         """Continue one or several prompts."""
         asked = await read_json(request, CompletionRequest)
-        model = models.find(asked.model)
-        generation = Generation(await _submit(asked, model), request.receive)
-        answer = _Answer(asked, model.digest)
-        if not asked.stream:
-            with closing(generation):
-                await generation.finished()
-                return Response(answer.whole(generation), media_type="application/json")
-        events = _events(generation, answer)
-        return sse.EventStream(await anext(events), events)
+        deadline = deadline_of(request, asked)
+        model, choices = await models.submit(
+            asked.model, request.headers, lambda model: _submit(asked, model)
+        )
+        return await respond(request, choices, deadline, CompletionAnswer(asked, model))
 
     return router
 
 
 async def _submit(asked: CompletionRequest, model: ServedModel) -> list[Choice]:
-    prompts = await prompt_ids(asked.prompt, model.tokenizer)
-    eos_token_id = model.tokenizer.eos_token_id
-    params = sampling_params(asked, asked.max_tokens, model.vocab_size, eos_token_id)
-    streams = model.submit(prompts, params, asked.cache_salt or "")
-    return [
-        Choice(
-            index,
-            prompts[index],
-            stream,
-            model.tokenizer.detokenizer(),
-            StopChecker(asked.stop),
-            asked.min_tokens,
-            asked.return_token_ids,
+    prompts = await prompt_ids(asked.prompt, model.tokenizer, asked.truncate_prompt_tokens)
+    ranks = asked.num_generated > asked.n
+    params = sampling_params(
+        asked,
+        asked.max_tokens,
+        model.vocab_size,
+        model.tokenizer.eos_token_id,
+        await grammar_of(asked, model.grammars),
+        num_logprobs=0 if ranks and asked.logprobs is None else asked.logprobs,
+        num_prompt_logprobs=asked.logprobs if asked.echo else None,
+    )
+    tells_logprobs = asked.logprobs is not None
+    wanted = Wanted(
+        asked.stop, asked.min_tokens, asked.echo, asked.return_token_ids, tells_logprobs
+    )
+    return submit(model, prompts, params, asked.num_generated, wanted, asked.cache_salt)
+
+
+class CompletionAnswer(Answer):
+    """As OpenAI's `text_completion`."""
+
+    def __init__(self, asked: CompletionRequest, model: ServedModel) -> None:
+        super().__init__(asked, model, "cmpl", ("text_completion", "text_completion"))
+        self._num_told, self._num_generated = asked.n, asked.num_generated
+        self._tells_logprobs = asked.logprobs is not None
+
+    def response(self, choices: Sequence[Choice]) -> CompletionResponse:
+        told = best(choices, self._num_generated, self._num_told)
+        return CompletionResponse(
+            **self.head, choices=[self._choice(index, choice) for index, choice in enumerate(told)]
         )
-        for index, stream in enumerate(streams)
-    ]
 
-
-async def _events(generation: Generation, answer: _Answer) -> AsyncGenerator[bytes, None]:
-    """The SSE events. The first waits for each choice's first token, so an early error raises."""
-    with closing(generation):
-        await generation.started()
-        while news := await generation.news():
-            yield answer.chunks(news, generation)
-        yield answer.end(generation)
-
-
-class _Answer:
-    """One request's JSON. What all its chunks have in common is written once."""
-
-    def __init__(self, asked: CompletionRequest, fingerprint: str) -> None:
-        self._asked = asked
-        self._head: dict[str, Any] = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": asked.model,
-            "system_fingerprint": fingerprint,
-        }
-        self._chunk_head = json.dumps(self._head)[:-1]
-        self._usage = ', "usage": null' if asked.include_usage else ""
-
-    def whole(self, generation: Generation) -> bytes:
-        choices = generation.choices
-        response = CompletionResponse(
-            **self._head,
-            choices=[self._choice(choice) for choice in choices],
-            usage=accounting.usage(choices),
-            timings=accounting.timings(choices),
-        )
-        return response.model_dump_json(exclude_unset=True).encode()
-
-    def _choice(self, choice: Choice) -> CompletionChoice:
-        text, token_ids = choice.take()
+    def _choice(self, index: int, choice: Choice) -> CompletionChoice:
+        text, token_ids, scored = choice.take()
+        logprobs = None
+        if self._tells_logprobs:
+            logprobs = CompletionLogprobs(**completion_logprobs(scored, self.tokenizer))
         asked_for: dict[str, Any] = {}
-        if self._asked.return_token_ids:
+        if self.asked.return_token_ids:
             asked_for = {"token_ids": token_ids, "prompt_token_ids": choice.prompt_ids}
         return CompletionChoice(
-            index=choice.index,
+            index=index,
             text=text,
-            logprobs=None,
+            logprobs=logprobs,
             finish_reason=choice.finish_reason,
             **asked_for,
         )
 
-    def chunks(self, news: list[Choice], generation: Generation) -> bytes:
-        """An event for each choice with news; the very last one carries the timings."""
-        is_last = generation.is_finished and not self._asked.include_usage
-        tails = [self._usage] * len(news)
-        if is_last:
-            tails[-1] += f', "timings": {self._timings(generation)}'
-        return b"".join(map(self._chunk, news, tails))
-
-    def _chunk(self, choice: Choice, tail: str) -> bytes:
+    def chunk(self, choice: Choice, usage: str, timings: str) -> bytes:
         is_first = not choice.is_begun
-        text, token_ids = choice.take()
+        text, token_ids, scored = choice.take()
         reason = f'"{choice.finish_reason}"' if choice.result is not None else "null"
+        logprobs = self._logprobs(scored) if self._tells_logprobs else "null"
         ids = ""
-        if self._asked.return_token_ids:
+        if self.asked.return_token_ids:
             ids = f', "token_ids": {token_ids}'
             if is_first:
                 ids += f', "prompt_token_ids": {list(choice.prompt_ids)}'
         return sse.event(
-            f'{self._chunk_head}, "choices": [{{"index": {choice.index}, '
-            f'"text": {json.dumps(text)}, "logprobs": null, '
-            f'"finish_reason": {reason}{ids}}}]{tail}}}'
+            f'{self.chunk_head}, "choices": [{{"index": {choice.index}, '
+            f'"text": {json.dumps(text)}, "logprobs": {logprobs}, '
+            f'"finish_reason": {reason}{ids}}}]{usage}{timings}}}'
         )
 
-    def end(self, generation: Generation) -> bytes:
-        """The usage, if it was asked for, and [DONE]."""
-        if not self._asked.include_usage:
-            return sse.DONE
-        usage = accounting.usage(generation.choices).model_dump_json()
-        tail = f'"choices": [], "usage": {usage}, "timings": {self._timings(generation)}'
-        return sse.event(f"{self._chunk_head}, {tail}}}") + sse.DONE
+    def _logprobs(self, scored: Sequence[ScoredToken]) -> str:
+        return json.dumps(completion_logprobs(scored, self.tokenizer))
 
-    def _timings(self, generation: Generation) -> str:
-        return accounting.timings(generation.choices).model_dump_json()
+
+def best(choices: Sequence[Choice], num_samples: int, number: int) -> list[Choice]:
+    """The `number` best of each prompt's `num_samples`, by the mean of their log-probabilities.
+
+    All of them, if so many are wanted, in the order in which they were asked for.
+    """
+    if number == num_samples:
+        return list(choices)
+    told: list[Choice] = []
+    for first in range(0, len(choices), num_samples):
+        samples = choices[first : first + num_samples]
+        told += sorted(samples, key=lambda c: c.mean_logprob, reverse=True)[:number]
+    return told

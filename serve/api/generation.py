@@ -1,4 +1,4 @@
-"""A request's choices while they are generated: events in, text out. Knows no endpoint, no JSON."""
+"""All choices of a request, side by side, and what ends them. Knows no endpoint, no JSON."""
 
 from __future__ import annotations
 
@@ -9,92 +9,16 @@ from typing import Literal
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from serve.engine import Event, FinishEvent, Stream, TokenEvent
-from serve.errors import EngineError
-from serve.stops import StopChecker
-from serve.tokenizer import Detokenizer
+from serve.api.choice import Choice
+from serve.errors import DeadlineError
 
 
-class Choice:
-    """One sequence on its way to the client.
+class Deadline:
+    """The end of a request's time, `seconds` from now on. Make it in a running asyncio loop."""
 
-    `finish_reason` is there once the text is complete; `result`, the engine's last event, may come
-    a step later. `num_generated` counts the tokens up to the end of the text.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        prompt_ids: Sequence[int],
-        stream: Stream,
-        detokenizer: Detokenizer,
-        stops: StopChecker,
-        min_tokens: int = 0,
-        tells_ids: bool = False,
-    ) -> None:
-        """`tells_ids`: a token is news even where it makes no text certain yet."""
-        self.index, self.prompt_ids, self.stream = index, prompt_ids, stream
-        self.num_generated = 0
-        self.finish_reason: Literal["stop", "length"] | None = None
-        self.result: FinishEvent | None = None
-        self.is_begun = False  # something of it was taken
-        self._is_told = False  # its end was taken
-        self._detokenizer, self._stops, self._min_tokens = detokenizer, stops, min_tokens
-        self._tells_ids = tells_ids
-        self._text: list[str] = []
-        self._ids: list[int] = []
-
-    def accept(self, event: Event) -> None:
-        """Raises the error with which the sequence ended, unless its text was complete before."""
-        if isinstance(event, FinishEvent):
-            self._finish(event)
-        elif isinstance(event, TokenEvent) and self.finish_reason is None:
-            self._extend(event)
-
-    @property
-    def has_news(self) -> bool:
-        if self._text or (self._ids and self._tells_ids):
-            return True
-        return self.result is not None and not self._is_told
-
-    def take(self) -> tuple[str, list[int]]:
-        """The text since the last time, and the ids of the tokens since."""
-        taken = "".join(self._text), self._ids
-        self._text, self._ids = [], []
-        self.is_begun, self._is_told = True, self.result is not None
-        return taken
-
-    def cancel(self) -> None:
-        if self.result is None:
-            self.stream.cancel()
-
-    def _extend(self, event: TokenEvent) -> None:
-        self._ids.append(event.token_id)
-        self.num_generated += 1
-        if not event.is_stop:
-            self._add(self._detokenizer.push(event.token_id))
-
-    def _add(self, text: str) -> None:
-        if self.num_generated > self._min_tokens:  # no stop string before so many, either
-            text, is_hit = self._stops.push(text)
-            if is_hit:
-                self.finish_reason = "stop"
-                self.stream.stop(self.num_generated)
-        if text:
-            self._text.append(text)
-
-    def _finish(self, event: FinishEvent) -> None:
-        self.result = event
-        if self.finish_reason is not None:
-            return
-        if event.error is not None:
-            raise event.error
-        if event.reason not in ("stop", "length"):
-            raise EngineError("The server ended this request before it was complete")
-        self._add(self._detokenizer.finish())
-        if self.finish_reason is None:
-            self.finish_reason = event.reason
-            self._text.append(self._stops.finish())
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.at = asyncio.get_running_loop().time() + seconds  # on the loop's clock
 
 
 class Generation:
@@ -103,20 +27,23 @@ class Generation:
     Close it, whatever happens: that cancels what is still running.
     """
 
-    def __init__(self, choices: Sequence[Choice], receive: Receive) -> None:
+    def __init__(
+        self, choices: Sequence[Choice], receive: Receive, deadline: Deadline | None = None
+    ) -> None:
         """`receive`: the request's, its body already read. Call it in a running asyncio loop."""
         self.choices = choices
-        self._changed = asyncio.Event()
+        self._changed, self._ended = asyncio.Event(), asyncio.Event()
         self._error: Exception | None = None
         self._readers = [asyncio.create_task(self._read(choice)) for choice in choices]
         self._watcher = asyncio.create_task(self._watch(receive))
+        self._timer = None if deadline is None else self._until(deadline)
 
     @property
     def is_finished(self) -> bool:
         return all(choice.result is not None for choice in self.choices)
 
     async def started(self) -> None:
-        """Wait for each choice's first event. Raises the first error, ClientDisconnect included."""
+        """Wait for each choice's first token. Raises the first error, ClientDisconnect included."""
         while not all(c.num_generated or c.result is not None for c in self.choices):
             await self._change()
 
@@ -126,14 +53,16 @@ class Generation:
         What comes while the caller is busy is news together: a slow client gets longer pieces.
         """
         while True:
+            if self._error is not None:
+                raise self._error
             news = [choice for choice in self.choices if choice.has_news]
             if news or self.is_finished:
                 return news
             await self._change()
 
     async def finished(self) -> None:
-        """Wait for the end of every choice. Raises as `started`."""
-        await asyncio.wait(self._readers)
+        """Wait for the end of every choice. Raises as `started`, at once."""
+        await self._ended.wait()
         if self._error is not None:
             raise self._error
 
@@ -142,6 +71,8 @@ class Generation:
             choice.cancel()
         for task in (*self._readers, self._watcher):
             task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
     async def _change(self) -> None:
         await self._changed.wait()
@@ -154,6 +85,8 @@ class Generation:
             async for event in choice.stream:
                 choice.accept(event)
                 self._changed.set()
+            if self.is_finished:
+                self._ended.set()
         except Exception as error:
             self._fail(error)
 
@@ -162,10 +95,17 @@ class Generation:
             pass
         self._fail(ClientDisconnect())
 
-    def _fail(self, error: Exception) -> None:
+    def _until(self, deadline: Deadline) -> asyncio.TimerHandle:
+        error = DeadlineError(deadline.seconds)
+        return asyncio.get_running_loop().call_at(deadline.at, self._fail, error, "timeout")
+
+    def _fail(
+        self, error: Exception, reason: Literal["cancelled", "timeout"] = "cancelled"
+    ) -> None:
         """The first error is the request's; the other choices end with it."""
         if self._error is None:
             self._error = error
             self._changed.set()
+            self._ended.set()
             for choice in self.choices:
-                choice.cancel()
+                choice.cancel(reason)

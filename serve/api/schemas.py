@@ -1,4 +1,7 @@
-"""The JSON of /v1/completions, in and out. Knows no model, so no vocabulary either."""
+"""The JSON that /v1/completions takes, and what it shares with chat.
+
+Knows no model, so no vocabulary either.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,9 @@ from pydantic import (
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000  # of one stop string
 MAX_STOP_TOKENS = 128
+MAX_CHOICES = 128  # of one request: prompts times n, or times best_of
+MAX_LOGPROBS = 20
+MAX_USER_CHARACTERS = 256
 _INT64 = 2**63
 
 Prompts = list[str] | list[list[int]]
@@ -26,6 +32,15 @@ Prompts = list[str] | list[list[int]]
 
 class UnsupportedValueError(ValueError):
     """A value that OpenAI's API knows and this server does not serve."""
+
+
+def refused(why: str) -> PlainValidator:
+    """For a field that OpenAI's API has and this server does not serve; null passes."""
+
+    def refuse(value: object) -> None:  # noqa: ARG001
+        raise UnsupportedValueError(why)
+
+    return PlainValidator(refuse, json_schema_input_type=None)
 
 
 def _is_ids(value: object) -> bool:
@@ -73,13 +88,17 @@ def _nullable(schema: dict[str, Any]) -> None:
     """Say in the JSON schema what RequestModel does: null stands for the default."""
     required = schema.get("required", ())
     for name, prop in schema.get("properties", {}).items():
-        if name not in required and {"type": "null"} not in prop.get("anyOf", ()):
+        if name not in required and {"type": "null"} not in (prop, *prop.get("anyOf", ())):
             about = {key: prop.pop(key) for key in ("default", "description") if key in prop}
             schema["properties"][name] = {"anyOf": [prop, {"type": "null"}], **about}
 
 
 class RequestModel(BaseModel):
-    """Strict: "5" is no number, true no integer, NaN no float. null stands for the default."""
+    """Strict: "5" is no number, true no integer, NaN no float. null stands for the default.
+
+    A field that it does not know is an error, null or not, unless the validation says
+    `extra="ignore"`.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
@@ -94,19 +113,47 @@ class RequestModel(BaseModel):
     def _null_is_default(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
-        return {key: value for key, value in data.items() if value is not None}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {k: value for k, value in data.items() if value is not None or k not in known}
 
 
 class StreamOptions(RequestModel):
-    """include_usage: one more chunk at the end, without choices, carries the usage."""
+    """include_usage: one more chunk at the end, without choices, carries the usage.
+
+    continuous_usage_stats (vLLM's): every chunk says the usage so far.
+    """
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class JsonSchema(RequestModel):
+    """`strict` changes nothing: the answer always matches."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool = False
+
+
+class ResponseFormat(RequestModel):
+    """What the text must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = Field(None, description="For type json_schema, and it alone")
+
+    @model_validator(mode="after")
+    def _schema_with_its_type(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('json_schema goes with type "json_schema", and only with it')
+        return self
 
 
 class GenerationFields(RequestModel):
     """What every generating endpoint takes."""
 
     model: str
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt")
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, description="0 or -1: off")
@@ -126,10 +173,19 @@ class GenerationFields(RequestModel):
     stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKENS)
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0)
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=1, description="Keep only so many of the prompt's last tokens"
+    )
     return_token_ids: bool = False
+    response_format: ResponseFormat | None = None
+    regex: str | None = Field(None, min_length=1, description="What the whole text must match")
+    choice: list[str] | None = Field(
+        None, min_length=1, description="What the whole text must be one of"
+    )
+    timeout: float | None = Field(None, gt=0, description="Seconds, the queue included")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
     cache_salt: str | None = Field(
         None, min_length=1, description="Prompts with different salts never share KV pages"
     )
@@ -145,6 +201,10 @@ class GenerationFields(RequestModel):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
 
 class CompletionRequest(GenerationFields):
     """POST /v1/completions."""
@@ -155,64 +215,47 @@ class CompletionRequest(GenerationFields):
             _as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
         ),
     ]
-    max_tokens: int = Field(16, ge=1)
-    # Known to OpenAI's clients and not served yet: only the values that change nothing.
-    n: int = Field(1, ge=1)
-    best_of: int = Field(1, ge=1)
-    echo: bool = False
-    logprobs: int | None = None
-    suffix: str = ""
+    echo: bool = Field(False, description="The prompt's text comes first")
+    max_tokens: int = Field(16, ge=0, description="0 only with echo")
+    best_of: int | None = Field(
+        None, ge=1, le=MAX_CHOICES, description="Choices to generate, of which the n best are told"
+    )
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    suffix: Literal[""] = ""
 
-    @field_validator("n", "best_of", "echo", "logprobs", "suffix")
+    @field_validator("suffix", mode="before")
     @classmethod
-    def _not_served(cls, value: object, info: ValidationInfo) -> object:
-        if info.field_name and value != cls.model_fields[info.field_name].default:
-            raise UnsupportedValueError(f"{value!r} is not supported by this server")
+    def _no_infill(cls, value: object) -> object:
+        if isinstance(value, str) and value:
+            raise UnsupportedValueError("GPT-2 cannot infill: it continues a text, and no more")
         return value
 
+    @field_validator("max_tokens")
+    @classmethod
+    def _nothing_only_with_echo(cls, value: int, info: ValidationInfo) -> int:
+        if value == 0 and not info.data.get("echo"):
+            raise ValueError("0 is allowed only with echo")
+        return value
 
-class Timings(BaseModel):
-    """By the wall clock; of several choices the longest, and all their tokens over that time."""
+    @field_validator("best_of")
+    @classmethod
+    def _at_least_n(cls, value: int, info: ValidationInfo) -> int:
+        number = info.data.get("n", 1)
+        if value < number:
+            raise ValueError(f"{value} is less than n, {number}")
+        if value > number and info.data.get("stream"):
+            raise ValueError("over n only where stream is false: what is best shows at the end")
+        return value
 
-    queue_seconds: float
-    prefill_seconds: float
-    decode_seconds: float
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int
-
-
-class Usage(BaseModel):
-    """Tokens of all choices. A stop token counts, as does one that completes a stop string."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class CompletionChoice(BaseModel):
-    """A field with a default is there only when it was asked for."""
-
-    index: int
-    text: str
-    logprobs: None
-    finish_reason: Literal["stop", "length"] | None
-    token_ids: list[int] = []
-    prompt_token_ids: list[int] = []
+    @property
+    def num_generated(self) -> int:
+        """Choices to generate for each prompt."""
+        return self.best_of or self.n
 
 
-class CompletionResponse(BaseModel):
-    """The answer, and the form of a stream's chunks: usage and timings come in the last one."""
+class LibraryRequest(RequestModel):
+    """backend: the server's default. wait: answer when it is done, not when it has begun."""
 
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[CompletionChoice]
-    usage: Usage | None = None
-    timings: Timings | None = None
+    profile: str
+    backend: str | None = None
+    wait: bool = False

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
 
 from serve.engine import EngineConfig
 from tests.api.conftest import PATIENCE, SPEECH, TOKENIZER, Server, encode, running, speaking
@@ -145,3 +147,143 @@ def test_error_in_the_middle_of_a_stream() -> None:
         with pytest.raises(openai.APIError) as broken:
             list(stream)
         assert broken.value.type == "service_unavailable_error"
+
+
+GREETED = "User: hi\nAssistant: good day to you\nUser:"
+
+
+class Person(BaseModel):
+    """What a test wants of a model."""
+
+    name: Literal["Abe", "Mary"]
+    is_president: bool
+
+
+@pytest.fixture(scope="module")
+def greeted() -> Iterator[OpenAI]:
+    with (
+        running(speaking(GREETED)) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+def test_logprobs_echo_and_n(client: OpenAI) -> None:
+    answer = client.completions.create(
+        model="gettysburg",
+        prompt=["Four score", "Four"],
+        max_tokens=2,
+        temperature=0,
+        n=2,
+        best_of=2,
+        echo=True,
+        logprobs=2,
+    )
+    texts = ["Four score and seven"] * 2 + ["Four score and"] * 2
+    assert [choice.text for choice in answer.choices] == texts
+    for choice in answer.choices:
+        logprobs = choice.logprobs
+        assert logprobs is not None
+        assert logprobs.tokens is not None
+        assert "".join(logprobs.tokens) == choice.text
+        assert logprobs.token_logprobs is not None
+        assert logprobs.top_logprobs is not None
+        assert logprobs.text_offset is not None
+        assert len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == len(logprobs.tokens)
+        assert [choice.text[i] for i in logprobs.text_offset] == [t[0] for t in logprobs.tokens]
+
+
+def test_chat(greeted: OpenAI) -> None:
+    answer = greeted.chat.completions.create(
+        model="gettysburg",
+        messages=[{"role": "user", "content": "hi"}],
+        temperature=0,
+        n=2,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert answer.object == "chat.completion"
+    assert len(answer.choices) == 2
+    for choice in answer.choices:
+        assert choice.message.role == "assistant"
+        assert choice.message.content == " good day to you"
+        assert choice.finish_reason == "stop"
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert [len(entry.top_logprobs) for entry in choice.logprobs.content] == [2] * 4
+        assert "".join(entry.token for entry in choice.logprobs.content) == " good day to you"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
+    again = greeted.chat.completions.create(
+        model="gettysburg",
+        messages=[
+            {"role": "system", "content": "be kind"},
+            answer.choices[0].message.model_dump(),  # type: ignore[list-item]  # as people do
+            {"role": "user", "content": [{"type": "text", "text": "bye"}]},
+        ],
+        max_completion_tokens=1,
+    )
+    assert again.choices[0].finish_reason in ("stop", "length")
+
+
+def test_chat_stream(greeted: OpenAI) -> None:
+    with greeted.chat.completions.create(
+        model="gettysburg",
+        messages=[{"role": "user", "content": "hi"}],
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        logprobs=True,
+    ) as stream:
+        first, *chunks, last = stream
+    assert first.choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == " good day to you"
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert last.choices == []
+    assert last.usage is not None
+    assert last.usage.completion_tokens > 4
+
+
+def test_async_chat(greeted: OpenAI) -> None:
+    async def ask() -> tuple[str | None, str]:
+        async with AsyncOpenAI(base_url=greeted.base_url, api_key="x", max_retries=0) as client:
+            whole = await client.chat.completions.create(
+                model="gettysburg", messages=[{"role": "user", "content": "hi"}], temperature=0
+            )
+            async with client.chat.completions.stream(
+                model="gettysburg", messages=[{"role": "user", "content": "hi"}], temperature=0
+            ) as stream:
+                final = await stream.get_final_completion()
+            return whole.choices[0].message.content, final.choices[0].message.content or ""
+
+    assert asyncio.run(ask()) == (" good day to you", " good day to you")
+
+
+def test_a_pydantic_model_comes_back(greeted: OpenAI) -> None:
+    answer = greeted.chat.completions.parse(
+        model="gettysburg",
+        messages=[{"role": "user", "content": "hi"}],
+        response_format=Person,
+        temperature=0,
+    )
+    person = answer.choices[0].message.parsed
+    assert isinstance(person, Person)
+    assert person.name in ("Abe", "Mary")
+
+
+def test_our_own_fields(client: OpenAI) -> None:
+    answer = client.completions.create(
+        model="gettysburg", prompt="Four", max_tokens=9, extra_body={"regex": "[ab]{3}"}
+    )
+    assert set(answer.choices[0].text) <= set("ab")
+
+
+def test_a_chats_errors_are_the_clients_own(greeted: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as tools:
+        greeted.chat.completions.create(
+            model="gettysburg",
+            messages=[{"role": "user", "content": "hi"}],
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        )
+    assert tools.value.param == "tools"
+    assert "GPT-2" in tools.value.message

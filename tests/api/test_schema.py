@@ -20,10 +20,20 @@ NUMBERS = (
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
+    "timeout",
 )
-INTEGERS = ("max_tokens", "top_k", "seed", "min_tokens", "n", "best_of", "logprobs")
+INTEGERS = (
+    "max_tokens",
+    "top_k",
+    "seed",
+    "min_tokens",
+    "n",
+    "best_of",
+    "logprobs",
+    "truncate_prompt_tokens",
+)
 BOOLEANS = ("ignore_eos", "return_token_ids", "stream", "echo")
-STRINGS = ("user", "cache_salt", "suffix", "model")
+STRINGS = ("user", "cache_salt", "suffix", "model", "regex")
 
 
 def error_of(server: Server, **fields: Any) -> dict[str, Any]:
@@ -56,6 +66,9 @@ def error_of(server: Server, **fields: Any) -> dict[str, Any]:
         ("stop_token_ids", 5),
         ("stop_token_ids", [True]),
         ("stop_token_ids", ["5"]),
+        ("response_format", "json_object"),
+        ("choice", "yes"),
+        ("choice", [1]),
         ("prompt", 5),
         ("prompt", True),
         ("prompt", {"text": "a"}),
@@ -87,7 +100,7 @@ def test_wrong_types(server: Server, field: str, value: object) -> None:
         ("frequency_penalty", 2.1),
         ("repetition_penalty", 0),
         ("repetition_penalty", -1),
-        ("max_tokens", 0),
+        ("max_tokens", 0),  # without echo
         ("max_tokens", -1),
         ("min_tokens", -1),
         ("min_tokens", 17),  # over max_tokens
@@ -107,6 +120,22 @@ def test_wrong_types(server: Server, field: str, value: object) -> None:
         ("stop_token_ids", [VOCAB]),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", list(range(129))),
+        ("n", 0),
+        ("n", 129),
+        ("best_of", 0),
+        ("best_of", 129),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("truncate_prompt_tokens", 0),
+        ("timeout", 0),
+        ("timeout", -1),
+        ("user", "u" * 257),
+        ("regex", ""),
+        ("regex", "("),
+        ("choice", []),
+        ("choice", [""]),
+        ("response_format", {"type": "json_schema"}),
+        ("response_format", {"type": "text", "json_schema": {"name": "a", "schema": {}}}),
         ("cache_salt", ""),
         ("prompt", ""),
         ("prompt", []),
@@ -147,6 +176,12 @@ def test_wrong_values(server: Server, field: str, value: object) -> None:
         {"user": ""},
         {"cache_salt": "s"},
         {"n": 1, "best_of": 1, "echo": False, "suffix": "", "logprobs": None},
+        {"max_tokens": 0, "echo": True},
+        {"logprobs": 20},
+        {"n": 3, "best_of": 3, "stream": True},
+        {"truncate_prompt_tokens": 1},
+        {"timeout": 60, "user": "u" * 256},
+        {"response_format": {"type": "text"}},
         {"stream_options": None},
         {"prompt": "😀"},
     ],
@@ -156,20 +191,44 @@ def test_right_values(server: Server, fields: dict[str, Any]) -> None:
     assert answer.status_code == 200, answer.text
 
 
+def test_nothing_can_be_put_in_the_middle(server: Server) -> None:
+    error = error_of(server, suffix="x")
+    assert (error["param"], error["code"]) == ("suffix", "unsupported_parameter")
+    assert "infill" in error["message"]
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("n", 2), ("best_of", 2), ("echo", True), ("logprobs", 0), ("logprobs", 5), ("suffix", "x")],
+    "fields",
+    [
+        {"n": 3, "best_of": 2},
+        {"n": 1, "best_of": 2, "stream": True},
+    ],
 )
-def test_fields_not_served_yet(server: Server, field: str, value: object) -> None:
-    error = error_of(server, **{field: value})
-    assert (error["param"], error["code"]) == (field, "unsupported_parameter")
-    assert "not supported" in error["message"]
+def test_best_of_is_at_least_n_and_waits_for_the_end(
+    server: Server, fields: dict[str, Any]
+) -> None:
+    assert error_of(server, **fields)["param"] == "best_of"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": ["a"] * 65, "n": 2}, "n"),
+        ({"prompt": ["a"] * 2, "best_of": 65}, "n"),
+    ],
+)
+def test_too_many_sequences(server: Server, fields: dict[str, Any], param: str) -> None:
+    error = error_of(server, **fields)
+    assert (error["param"], error["code"]) == (param, "too_many_sequences")
+    assert "128" in error["message"]
 
 
 def test_unknown_fields_are_named(server: Server) -> None:
     error = error_of(server, tempreature=1)
     assert (error["param"], error["code"]) == ("tempreature", "unknown_parameter")
     assert "tempreature" in error["message"]
+    assert error_of(server, tempreature=None)["param"] == "tempreature"
     error = error_of(server, stream=True, stream_options={"include_useage": True})
     assert error["param"] == "stream_options.include_useage"
 

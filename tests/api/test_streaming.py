@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.api.schemas import CompletionResponse
+from serve.api.responses import CompletionResponse
 from serve.engine import EngineConfig
 from tests.api.conftest import PATIENCE, SPEECH, Server, encode, request, running, speaking
 from tests.fakes import FakeRunner, Paced
@@ -225,3 +225,53 @@ def test_a_first_token_is_awaited_for_every_choice() -> None:
         chunks = server.stream(prompt=["Four", "Four score"], max_tokens=2)
     assert "".join(texts(chunks, 0)) == " score and"
     assert "".join(texts(chunks, 1)) == " and seven"
+
+
+def test_choices_of_several_prompts_keep_their_index(server: Server) -> None:
+    asked: dict[str, Any] = {"prompt": ["Four", "Four score"], "n": 2, "max_tokens": 2}
+    chunks = server.stream(stream_options={"include_usage": True}, **asked)
+    found = ["".join(texts(chunks, index)) for index in range(4)]
+    assert found == [" score and"] * 2 + [" and seven"] * 2
+    assert chunks[-1]["usage"]["prompt_tokens"] == 3
+    assert chunks[-1]["usage"]["completion_tokens"] == 8
+
+
+def test_an_echo_comes_with_the_first_token(server: Server) -> None:
+    chunks = server.stream(prompt=["Four", "Four score"], echo=True, max_tokens=3)
+    assert texts(chunks, 0)[0].startswith("Four score")
+    assert "".join(texts(chunks, 0)) == "Four score and seven"
+    assert "".join(texts(chunks, 1)) == "Four score and seven years"
+
+
+def test_an_echo_alone(server: Server) -> None:
+    [chunk] = server.stream(prompt="Four score", echo=True, max_tokens=0)
+    [choice] = chunk["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("Four score", "length")
+
+
+def test_usage_in_every_chunk(server: Server) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = server.stream(max_tokens=3, stream_options=options)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == last["usage"]["completion_tokens"] == 3
+    assert all(chunk["usage"]["prompt_tokens"] == 1 for chunk in chunks)
+    only = server.stream(max_tokens=3, stream_options={"continuous_usage_stats": True})
+    assert all(chunk["choices"] and chunk["usage"] for chunk in only)
+
+
+def test_time_that_runs_out_in_the_middle() -> None:
+    pace = Paced(SPEECH_IDS)
+    with running(FakeRunner(next_token=pace)) as server:
+        for seconds in (0.1, 1, 10, PATIENCE / 2):  # may be too short even for the first token
+            pace.step()
+            answer = server.post(max_tokens=9, timeout=seconds, stream=True)
+            pace.step()
+            assert server.finishes.next().reason == "timeout"
+            if answer.status_code == 200:
+                break
+    *chunks, error, end = answer.text.split("\n\n")
+    assert json.loads(chunks[0].removeprefix("data: "))["choices"][0]["text"] == " score"
+    name, data = error.split("\n")
+    assert (name, end) == ("event: error", "")  # and no [DONE]
+    assert json.loads(data.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
