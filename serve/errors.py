@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 
 class ServeError(Exception):
@@ -55,6 +56,10 @@ class LibraryError(ServeError):
     """A compiled library is damaged, or was built for another model, machine or TVM."""
 
 
+class LoadError(ServeError):
+    """A library could not be loaded into the engines' process: with that process's message."""
+
+
 class RequestError(ServeError):
     """A request that can never be served as it is; `param` names the field, `code` the kind."""
 
@@ -84,13 +89,71 @@ class ModelNotFoundError(ServeError):
         self.name, self.known = name, tuple(known)
 
 
-class OverloadedError(ServeError):
-    """The queue is full; `retry_after_seconds` is when trying again makes sense."""
+class ProfileNotFoundError(ServeError):
+    """There is no schedule profile of this name."""
 
-    def __init__(self, message: str, retry_after_seconds: float) -> None:
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        super().__init__(f"There is no profile {name!r}; known: {', '.join(known)}")
+
+
+class ConflictError(ServeError):
+    """What an administrator asks for cannot be done in the server's present state."""
+
+
+class InvalidKeyError(ServeError):
+    """The request has no key, or none of those that it needs."""
+
+    reason = "invalid_key"
+
+
+class LocalOnlyError(ServeError):
+    """Administration without admin keys, from somewhere else than this machine."""
+
+    reason = "not_local"
+
+
+class BodyTooLargeError(ServeError):
+    """The request's body is longer than `limits.max_body_bytes`."""
+
+    reason = "body_too_large"
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"The request's body is larger than {max_bytes} bytes")
+        self.max_bytes = max_bytes
+
+
+class OverloadedError(ServeError):
+    """Too much at once; `retry_after_seconds` is when trying again makes sense.
+
+    reason: too many sequences queue, too many tokens do, or one client sends too often.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        retry_after_seconds: float,
+        reason: Literal["queue_full", "queue_tokens", "rate_limit"] = "queue_full",
+    ) -> None:
         super().__init__(message)
-        self.retry_after_seconds = retry_after_seconds
+        self.retry_after_seconds, self.reason = retry_after_seconds, reason
+
+
+class DeadlineError(ServeError):
+    """The request took longer than it may, which is `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The request was not answered within its {seconds:g} seconds")
+        self.seconds = seconds
 
 
 class EngineError(ServeError):
-    """The engine failed, is draining or is gone; a waiting sequence ends with this."""
+    """The engine failed, is draining or is gone; a waiting sequence ends with this.
+
+    reason: why nothing new is taken either; None where another try may do better.
+    """
+
+    def __init__(
+        self, message: str, reason: Literal["draining", "engine_dead"] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -36,6 +36,9 @@ OUTCOMES: tuple[Outcome, ...] = (
     "error",
     "rejected",
 )
+ENGINE_REJECTIONS = ("queue_full", "queue_tokens", "draining", "engine_dead")
+HTTP_REJECTIONS = ("rate_limit", "invalid_key", "not_local", "body_too_large")
+NO_ENGINE = ("", "", "")  # an empty label is to Prometheus as one that is not there
 
 # From 100 µs, since this model decodes in milliseconds.
 SECONDS = tuple(n * unit for unit in (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0) for n in (1, 2.5, 5))
@@ -55,7 +58,9 @@ class Registry(CollectorRegistry):
         self._declare_requests()
         self._declare_libraries()
         self.register(_State(self.engines))
+        self.tasks = Gauge("dlight_server_tasks", "asyncio tasks of the server", registry=self)
         http = ("route", "status")
+        self._http_rejections = {r: self.rejections.labels(*NO_ENGINE, r) for r in HTTP_REJECTIONS}
         self._http_requests = self._counter("http_requests_total", "HTTP requests", http)
         self._http_seconds = self._histogram(
             "http_request_seconds", "From a request's head to the end of its answer", SECONDS, http
@@ -65,6 +70,10 @@ class Registry(CollectorRegistry):
         """Count one HTTP request; `route` is the template, never the path."""
         self._http_requests.labels(route, str(status)).inc()
         self._http_seconds.labels(route, str(status)).observe(seconds)
+
+    def on_rejected(self, reason: str) -> None:
+        """A request that the HTTP layer kept from its endpoint, for one of HTTP_REJECTIONS."""
+        self._http_rejections[reason].inc()
 
     def _declare_work(self) -> None:
         count = self._counter
@@ -104,6 +113,9 @@ class Registry(CollectorRegistry):
         self.first_token_seconds = histogram(
             "dlight_time_to_first_token_seconds", "From arrival to the first token", SECONDS
         )
+        self.inter_token_seconds = histogram(
+            "dlight_inter_token_seconds", "Between two tokens of a sequence", SECONDS
+        )
         self.request_seconds = histogram(
             "dlight_request_seconds", "From arrival to the last token", SECONDS
         )
@@ -114,6 +126,9 @@ class Registry(CollectorRegistry):
         )
         self.requests = self._counter(
             "dlight_requests_total", "Sequences by how they ended", (*ENGINE, "outcome")
+        )
+        self.rejections = self._counter(
+            "dlight_rejections_total", "Requests that were not begun", (*ENGINE, "reason")
         )
 
     def _declare_libraries(self) -> None:
@@ -160,7 +175,9 @@ class EngineMetrics:
             "decode": _Phase(registry, labels, "decode", self.decode_window),
         }
         self._outcomes = {o: registry.requests.labels(*labels, o) for o in OUTCOMES}
+        self._rejections = {r: registry.rejections.labels(*labels, r) for r in ENGINE_REJECTIONS}
         self._first_token_seconds = registry.first_token_seconds.labels(*labels)
+        self._inter_token_seconds = registry.inter_token_seconds.labels(*labels)
         self._request_seconds = registry.request_seconds.labels(*labels)
         self._queue_seconds = registry.queue_seconds.labels(*labels)
         self._prompt_tokens = registry.prompt_tokens.labels(*labels)
@@ -172,11 +189,18 @@ class EngineMetrics:
         self._accepted = registry.accepted.labels(*labels)
         registry.engines.append(self)
 
+    def close(self) -> None:
+        """Its engine is gone: what it counted stays, its gauges do not."""
+        self.registry.engines.remove(self)
+
     def on_step(self, stats: StepStats) -> None:
         self._phases[stats.phase].add(stats)
 
     def on_first_token(self, seconds: float) -> None:
         self._first_token_seconds.observe(seconds)
+
+    def on_inter_token(self, seconds: float) -> None:
+        self._inter_token_seconds.observe(seconds)
 
     def on_prefix_lookup(self, num_queried: int, num_hit: int) -> None:
         self._prefix_queried.inc(num_queried)
@@ -199,9 +223,13 @@ class EngineMetrics:
         self._prompt_tokens.observe(event.num_prompt_tokens)
         self._generated_tokens.observe(event.num_generated_tokens)
 
-    def on_rejected(self) -> None:
-        """A request that the engine refused to queue; called in the HTTP layer's thread."""
+    def on_rejected(self, reason: str) -> None:
+        """A request that the engine refused to queue, for one of ENGINE_REJECTIONS.
+
+        Called in the HTTP layer's thread.
+        """
         self._outcomes["rejected"].inc()
+        self._rejections[reason].inc()
 
     def on_library(
         self, source: Source, quantization: str, digest: str, tvm: str, compile_seconds: float = 0.0
@@ -257,7 +285,7 @@ class _State(Collector):
         self._engines = engines
 
     def collect(self) -> Iterator[Metric]:
-        states = [(engine.labels, engine.gauges()) for engine in self._engines]
+        states = [(engine.labels, engine.gauges()) for engine in list(self._engines)]
         for name, text, value in self._GAUGES:
             family = GaugeMetricFamily(name, text, labels=ENGINE)
             for labels, gauges in states:

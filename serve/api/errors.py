@@ -17,9 +17,16 @@ from starlette.responses import Response
 
 from serve.api.schemas import UnsupportedValueError
 from serve.errors import (
+    BodyTooLargeError,
+    ConflictError,
+    DeadlineError,
     EngineError,
+    InvalidKeyError,
+    LoadError,
+    LocalOnlyError,
     ModelNotFoundError,
     OverloadedError,
+    ProfileNotFoundError,
     RequestError,
     ServeError,
 )
@@ -28,6 +35,7 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 2048
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that went away; nobody receives it
+_RESTART_SECONDS = 5  # until the next server is there, from a library in the cache
 
 
 class ErrorDetail(BaseModel):
@@ -76,13 +84,31 @@ def answer(error: BaseException) -> Answer:
     match error:
         case RequestError():
             return Answer(400, str(error), param=error.param, code=error.code)
+        case ProfileNotFoundError():
+            return Answer(404, str(error), param="name", code="profile_not_found")
+        case ConflictError():
+            return Answer(409, str(error), code="conflict")
+        case LoadError():
+            return Answer(409, str(error), code="load_failed")
         case ModelNotFoundError():
             return Answer(404, str(error), param="model", code="model_not_found")
+        case InvalidKeyError():
+            ask = {"WWW-Authenticate": "Bearer"}
+            return Answer(401, str(error), code="invalid_api_key", headers=ask)
+        case LocalOnlyError():
+            return Answer(403, str(error), code="local_only")
+        case BodyTooLargeError():
+            close = {"Connection": "close"}
+            return Answer(413, str(error), param="body", code="body_too_large", headers=close)
         case OverloadedError():
-            retry = {"Retry-After": str(max(1, math.ceil(error.retry_after_seconds)))}
+            retry = _retry_after(error.retry_after_seconds)
             return Answer(429, str(error), "rate_limit_error", None, "rate_limit_exceeded", retry)
+        case DeadlineError():
+            return Answer(504, str(error), "timeout_error", "timeout", "deadline_exceeded")
         case EngineError():
-            return Answer(503, str(error), "service_unavailable_error", code="engine_unavailable")
+            retry = {} if error.reason == "engine_dead" else _retry_after(_RESTART_SECONDS)
+            kind, code = "service_unavailable_error", "engine_unavailable"
+            return Answer(503, str(error), kind, code=code, headers=retry)
         case RequestValidationError():
             return answer(_first_of(list(error.errors())))
         case HTTPException():
@@ -93,10 +119,16 @@ def answer(error: BaseException) -> Answer:
     return Answer(500, "The server failed to answer this request", "server_error", None, "internal")
 
 
+def _retry_after(seconds: float) -> dict[str, str]:
+    return {"Retry-After": str(max(1, math.ceil(seconds)))}
+
+
 def _http_answer(error: HTTPException) -> Answer:
     """Starlette's own: no such route, no such method."""
     codes = {404: "unknown_url", 405: "method_not_allowed"}
     headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"
     return Answer(
         error.status_code, error.detail, code=codes.get(error.status_code), headers=headers
     )

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.responses import Response
 
+from serve.api import openapi
 from serve.api.served import ServedModels
+from serve.errors import EngineError
 
 RenderMetrics = Callable[[], tuple[bytes, str]]
+
+
+class Status(BaseModel):
+    status: str
 
 
 def routes(
@@ -17,15 +24,19 @@ def routes(
 ) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/health", responses={503: {"description": "An engine is dead"}})
-    async def health() -> Response:
+    @router.get("/health", responses=openapi.answers(Status, 503))
+    async def health() -> Status:
         """200 while every engine's thread answers."""
-        return _status(models.is_alive, "ok", "the engine is dead")
+        if not models.is_alive:
+            raise EngineError("The engine is dead", "engine_dead")
+        return Status(status="ok")
 
-    @router.get("/ready", responses={503: {"description": "Send no requests here"}})
-    async def ready() -> Response:
+    @router.get("/ready", responses=openapi.answers(Status, 503))
+    async def ready() -> Status:
         """200 while new requests are welcome: a model is loaded, and the server is not draining."""
-        return _status(models.is_ready, "ready", "no model is loaded, or the server is draining")
+        if not models.is_ready:
+            raise EngineError("No model is loaded, or the server is draining", "draining")
+        return Status(status="ready")
 
     @router.get("/version")
     async def version() -> dict[str, str]:
@@ -39,9 +50,3 @@ def routes(
         return Response(body, headers={"content-type": content_type})
 
     return router
-
-
-def _status(is_good: bool, good: str, bad: str) -> Response:
-    if is_good:
-        return JSONResponse({"status": good})
-    return JSONResponse({"status": bad}, status_code=503)

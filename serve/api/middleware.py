@@ -1,4 +1,4 @@
-"""What every request gets: an id, a measurement, and an answer even if all else fails.
+"""What every request gets: an id, a measurement, a line in the log, an answer if all else fails.
 
 Pure ASGI: Starlette's BaseHTTPMiddleware hides the client's disconnect and costs time a chunk.
 """
@@ -11,11 +11,16 @@ import time
 import uuid
 from collections.abc import Callable
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api import errors
+from serve.api import access, errors
+from serve.errors import RequestError
 
 log = logging.getLogger(__name__)
+texts = logging.getLogger("serve.texts")
 
 # (route template, HTTP status, seconds from the request's head to the end of its answer)
 HttpObserver = Callable[[str, int, float], None]
@@ -24,7 +29,10 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestMiddleware:
-    """`observe` is called once a request, also for one that nobody waited for (status 499)."""
+    """`observe` is called once a request, also for one that nobody waited for (status 499).
+
+    A HEAD is answered as a GET; the server leaves the body out.
+    """
 
     def __init__(self, app: ASGIApp, observe: HttpObserver) -> None:
         self._app, self._observe = app, observe
@@ -33,36 +41,85 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start = time.perf_counter()
-        answer = _Answer(send, _request_id(scope))
+        start, method, request_id = time.perf_counter(), scope["method"], _request_id(scope)
+        known = access.begin(scope, request_id.decode())
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                known.status, known.is_started = message["status"], True
+                headers = [*message["headers"], (b"x-request-id", request_id)]
+                message = {**message, "headers": headers}
+            await send(message)
+
         try:
-            await self._respond(scope, receive, answer)
+            await self._app(scope, receive, answer)
         finally:
-            self._observe(_route(scope), answer.status, time.perf_counter() - start)
+            seconds, route = time.perf_counter() - start, _route(scope)
+            self._observe(route, known.status, seconds)
+            known.write(method, route, seconds)
 
-    async def _respond(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+
+class ErrorMiddleware:
+    """Renders what the app did not, and what the middleware below this one raises."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._app(scope, receive, answer.send)
+            await self._app(scope, receive, send)
         except Exception as error:
-            if answer.is_started:  # all that can still be done is to break the connection off
-                log.error("request %s broke off", answer.request_id.decode())
+            if scope["type"] != "http":
                 raise
-            await errors.render(error)(scope, receive, answer.send)
+            known = access.of(scope)
+            if known.is_started:  # all that can still be done is to break the connection off
+                log.error("request %s broke off", known.request_id)
+                raise
+            await errors.render(error)(scope, receive, send)
 
 
-class _Answer:
-    """Puts the id into the answer's head, and remembers the status."""
+class Cors(CORSMiddleware):
+    """Starlette's, which refuses a preflight in plain text."""
 
-    def __init__(self, send: Send, request_id: bytes) -> None:
-        self._send, self.request_id = send, request_id
-        self.status, self.is_started = errors.CLIENT_CLOSED_REQUEST, False
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        return errors.render(RequestError("Pages of this origin may not do this", "origin"))
 
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status, self.is_started = message["status"], True
-            headers = [*message["headers"], (b"x-request-id", self.request_id)]
-            message = {**message, "headers": headers}
-        await self._send(message)
+
+class TextLog:
+    """Logs what clients send and what they are answered, in full. For those who ask for it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        asked, answered = bytearray(), bytearray()
+
+        async def read() -> Message:
+            message = await receive()
+            asked.extend(message.get("body", b""))
+            return message
+
+        async def write(message: Message) -> None:
+            answered.extend(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, read, write)
+        finally:
+            fields = {
+                "request_id": access.of(scope).request_id,
+                "request": asked.decode(errors="replace"),
+                "answer": answered.decode(errors="replace"),
+            }
+            texts.info("texts", extra={"fields": fields})
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
@@ -18,10 +18,13 @@ import uvicorn
 
 from serve.api.app import ServedModel, ServedModels, create_app
 from serve.engine import Engine, EngineConfig, FinishEvent, NullObserver, Stream
+from serve.grammar import Grammars
+from serve.protocol import Protocol
 from serve.tokenizer import Tokenizer
 from tests.fakes import FakeRunner, scripted
 
 TOKENIZER = Tokenizer.bundled()
+GRAMMARS = Grammars(TOKENIZER)
 SPEECH = "Four score and seven years ago our fathers brought forth a new nation"
 PATIENCE = 60.0  # seconds after which a wait is a failure; no test measures time
 
@@ -42,26 +45,45 @@ class Finishes(NullObserver):
 class Server:
     """A running server and everything behind it that a test may want to look at."""
 
-    def __init__(self, runner: FakeRunner, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        runner: FakeRunner,
+        config: EngineConfig | None = None,
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> None:
+        """`options`: of create_app, except that `uvicorn_options` are uvicorn's."""
+        uvicorn_options = options.pop("uvicorn_options", {})
         self.runner, self.finishes = runner, Finishes()
-        self.engine = Engine(runner, config, self.finishes)
+        self.engine = Engine(runner, config, self.finishes, constrain=GRAMMARS.constrain)
         self.rejections = 0
         self.http: queue.SimpleQueue[tuple[str, int, float]] = queue.SimpleQueue()
-        self.models = ServedModels([self._model()])
+        self.models = ServedModels([self._model(chat_template)])
         self.app = create_app(
             self.models,
             lambda: (b"up 1\n", "text/plain; version=0.0.4; charset=utf-8"),
             lambda *seen: self.http.put(seen),
             {"version": "1.2.3", "tvm": "0.27"},
+            **options,
         )
         self._uvicorn = uvicorn.Server(
-            uvicorn.Config(self.app, port=0, lifespan="off", log_config=None)
+            uvicorn.Config(
+                self.app,
+                http=Protocol,
+                ws="none",
+                port=0,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                **uvicorn_options,
+            )
         )
         self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)
         self._pool = ThreadPoolExecutor(4)
         self.url = ""
 
-    def _model(self) -> ServedModel:
+    def _model(self, chat_template: str | None) -> ServedModel:
         return ServedModel(
             name="gettysburg",
             aliases=("gettysburg@full", "gettysburg@cpu:full"),
@@ -74,9 +96,11 @@ class Server:
             tokenizer=TOKENIZER,
             engine=self.engine,
             on_rejected=self._count_rejection,
+            chat_template=chat_template,
+            grammars=GRAMMARS,
         )
 
-    def _count_rejection(self) -> None:
+    def _count_rejection(self, reason: str) -> None:  # noqa: ARG002
         self.rejections += 1
 
     def start(self) -> None:
@@ -95,7 +119,17 @@ class Server:
 
     def post(self, **fields: Any) -> httpx.Response:
         """POST /v1/completions, with a model unless one is given."""
-        return httpx.post(f"{self.url}/v1/completions", json=request(**fields), timeout=PATIENCE)
+        return self.post_to("/v1/completions", **request(**fields))
+
+    def chat(self, *texts: str, **fields: Any) -> httpx.Response:
+        """POST /v1/chat/completions: what user and assistant said in turns, or `messages`."""
+        roles = ("user", "assistant")
+        said = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+        body = {"model": "gettysburg", "messages": said, "temperature": 0, **fields}
+        return self.post_to("/v1/chat/completions", **body)
+
+    def post_to(self, path: str, **body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=PATIENCE)
 
     def post_later(self, **fields: Any) -> Future[httpx.Response]:
         """The same in a thread of its own."""
@@ -103,12 +137,7 @@ class Server:
 
     def stream(self, **fields: Any) -> list[dict[str, Any]]:
         """The chunks of a streamed completion, which must end with [DONE]."""
-        response = self.post(stream=True, **fields)
-        assert response.status_code == 200, response.text
-        assert response.headers["content-type"].startswith("text/event-stream")
-        events = response.text.split("\n\n")
-        assert events[-2:] == ["data: [DONE]", ""]
-        return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+        return chunks_of(self.post(stream=True, **fields))
 
     def get(self, path: str, **kwargs: Any) -> httpx.Response:
         return httpx.get(self.url + path, timeout=PATIENCE, **kwargs)
@@ -120,6 +149,15 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.001)
+
+
+def chunks_of(response: httpx.Response) -> list[dict[str, Any]]:
+    """Those of a stream that has gone well."""
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = response.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
 
 
 def request(**fields: Any) -> dict[str, Any]:
@@ -138,8 +176,10 @@ def speaking(*texts: str, **kwargs: Any) -> FakeRunner:
 
 
 @contextlib.contextmanager
-def running(runner: FakeRunner, config: EngineConfig | None = None) -> Iterator[Server]:
-    server = Server(runner, config)
+def running(
+    runner: FakeRunner, config: EngineConfig | None = None, **options: Any
+) -> Iterator[Server]:
+    server = Server(runner, config, **options)
     server.start()
     try:
         yield server
@@ -160,8 +200,8 @@ def cancels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     called: queue.SimpleQueue[None] = queue.SimpleQueue()
     cancel, stop = Stream.cancel, Stream.stop
 
-    def tell_cancel(stream: Stream) -> None:
-        cancel(stream)
+    def tell_cancel(stream: Stream, *reason: Literal["cancelled", "timeout"]) -> None:
+        cancel(stream, *reason)
         called.put(None)
 
     def tell_stop(stream: Stream, num_generated: int) -> None:

@@ -12,8 +12,12 @@ from pydantic import BaseModel, ValidationError
 from serve.api import errors
 from serve.api.errors import MAX_BODY_BYTES, ErrorResponse
 from serve.errors import (
+    BodyTooLargeError,
     ContextLengthError,
+    DeadlineError,
     EngineError,
+    InvalidKeyError,
+    LocalOnlyError,
     ModelNotFoundError,
     OverloadedError,
     RequestError,
@@ -39,6 +43,10 @@ def test_the_table() -> None:
             ContextLengthError(5, 5, 8),
             ModelNotFoundError("x", ["y"]),
             OverloadedError("x", 1),
+            InvalidKeyError("x"),
+            LocalOnlyError("x"),
+            BodyTooLargeError(5),
+            DeadlineError(1),
             EngineError("x"),
             TokenizerError("x"),
             RuntimeError("x"),
@@ -49,6 +57,10 @@ def test_the_table() -> None:
         "ContextLengthError": (400, "context_length_exceeded"),
         "ModelNotFoundError": (404, "model_not_found"),
         "OverloadedError": (429, "rate_limit_exceeded"),
+        "InvalidKeyError": (401, "invalid_api_key"),
+        "LocalOnlyError": (403, "local_only"),
+        "BodyTooLargeError": (413, "body_too_large"),
+        "DeadlineError": (504, "deadline_exceeded"),
         "EngineError": (503, "engine_unavailable"),
         "TokenizerError": (500, "internal"),  # the request's own are turned into RequestError
         "RuntimeError": (500, "internal"),
@@ -59,6 +71,12 @@ def test_the_table() -> None:
 def test_retry_after_is_an_integer_and_never_too_early(seconds: float, header: str) -> None:
     answer = errors.answer(OverloadedError("full", seconds))
     assert answer.headers == {"Retry-After": header}
+
+
+def test_only_what_will_pass_is_worth_another_try() -> None:
+    assert errors.answer(EngineError("a step has failed")).headers == {"Retry-After": "5"}
+    assert errors.answer(EngineError("draining", "draining")).headers == {"Retry-After": "5"}
+    assert errors.answer(EngineError("dead", "engine_dead")).headers == {}
 
 
 @pytest.mark.parametrize("letter", ["a", "\n", "😀", "\ud800", "é"])

@@ -39,7 +39,7 @@ def test_served_models() -> None:
         assert server.models.find("gettysburg@full") is model
         with pytest.raises(ModelNotFoundError):
             server.models.find("gettysburg@gemv")
-        with pytest.raises(ModelError, match="two models"):
+        with pytest.raises(ModelError, match="two libraries"):
             ServedModels([model, model])
 
 
