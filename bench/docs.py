@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from bench import http, http_served
 from bench.peers.report import markdown
 from serve import bench, trace_table
 
@@ -33,6 +34,8 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "trace-cpu.json": ("docs/trace.md", lambda report: fenced(trace_table.table(report))),
     "peers.json": ("docs/peers.md", peers),
     "peers-medium.json": ("docs/peers.md", peers),
+    "http.json": ("docs/http-performance.md", http.table),
+    "http-served.json": ("docs/http-performance.md", http_served.table),
 }
 
 
