@@ -7,13 +7,14 @@ ARGS ?=
 PEERS := $(VENV)/peers
 PEER_ENGINES := ctranslate2 llamacpp openvino vllm
 
-.PHONY: help install serve test check bench peers-venvs bench-peers
+.PHONY: help install serve test check bench peers-venvs bench-peers soak
 help:
 	@echo "make serve   run the server (ARGS='--port 9000 --profile baseline')"
 	@echo "make test    run the tests (ARGS='-m unit')"
 	@echo "make check   ruff, mypy"
 	@echo "make bench   measure every profile on GPT-2 124M's shapes, into bench/results/ and docs/"
 	@echo "make bench-peers  ours and other engines, each in an environment from make peers-venvs"
+	@echo "make soak    20 minutes of mixed load: does memory stay, is nothing left over?"
 	@echo "make install the runtime packages alone, into $(VENV)"
 
 install: $(VENV)/.installed
@@ -37,6 +38,9 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: $(VENV)/.installed-test
+	$(BIN)/python -m bench.soak --minutes 20 --json bench/results/soak.json $(ARGS)
 
 bench: install
 	$(BIN)/dlight-serve bench --model synthetic:gpt2 --profile baseline --profile matmul \
