@@ -13,7 +13,8 @@ from serve.grammar import Grammars
 async def grammar_of(asked: GenerationFields, grammars: Grammars | None) -> str | None:
     """What the engine holds the text to, if anything. Raises RequestError for what cannot be.
 
-    Compiled beside the event loop, which may take tenths of a second; the engine finds it compiled.
+    Compiled beside the event loop, which may take tenths of a second. The engines' process compiles
+    it again, and so knows that it can.
     """
     wanted = _wanted(asked)
     if not wanted:

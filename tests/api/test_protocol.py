@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import ssl
@@ -24,11 +25,9 @@ def speak(server: Server, *pieces: bytes) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the first answer to this, on a connection of its own."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), PATIENCE) as connection:
-        try:
+        with contextlib.suppress(OSError):  # it may have heard enough
             for piece in pieces:
                 connection.sendall(piece)
-        except OSError:
-            pass  # it has heard enough
         answer = b""
         while b"\r\n\r\n" not in answer and (more := connection.recv(65536)):
             answer += more
