@@ -100,9 +100,11 @@ class ServerSection(Section):
                 self.tls_certificate, self.tls_key, password=lambda: b""
             )
         except (OSError, ValueError) as error:
-            found = f"{self.tls_certificate} with key {self.tls_key or 'in the same file'}"
-            expected = f"PEM files of a certificate and its key, not encrypted ({error})"
-            raise ConfigError("settings", "server.tls_certificate", found, expected) from None
+            key, where = "server.tls_certificate", "in the same file"
+            if self.tls_key is not None:
+                where = f"in server.tls_key, {self.tls_key!r}"
+            expected = f"a PEM file of a certificate, and its key, not encrypted, {where} ({error})"
+            raise ConfigError("settings", key, self.tls_certificate, expected) from None
 
 
 Key = Annotated[str, Field(pattern=KEY)]

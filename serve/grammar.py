@@ -7,6 +7,7 @@ Knows the tokenizer; knows nothing of the model, the engine's steps or HTTP.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -92,8 +93,7 @@ class Grammars:
         compiled = LLMatcher(self._tokenizer, text, limits=_LIMITS, log_level=0)
         compiled.compute_bitmask()  # finds what takes too long, and what nothing can match
         if compiled.is_error():
-            reason = compiled.get_error().strip()[:300]
-            raise RequestError(f"The grammar cannot be used: {reason}", param)
+            raise RequestError(_why(compiled.get_error()), param)
         with self._lock:
             self._kept[text] = compiled
             if len(self._kept) > self._max_kept:
@@ -160,6 +160,15 @@ def _from_schema(schema: dict[str, Any]) -> str:
             "coerce_one_of": False,
         },
     )
+
+
+def _why(error: str) -> str:
+    """llguidance's message; of one about a pattern the point, without the grammar around it."""
+    _, is_about_pattern, found = error.partition("regex parse error:")
+    reason = re.search(r"^error: (.*)$", found, re.MULTILINE)
+    if is_about_pattern and reason is not None:
+        return f"The regular expression cannot be used: {reason[1]}"
+    return f"The grammar cannot be used: {error.strip()[:300]}"
 
 
 def _escaped(text: str) -> str:

@@ -67,14 +67,17 @@ def create_app(
         redirect_slashes=False,  # a redirect is no answer that OpenAI's clients understand
     )
     app.state.limits = limits
-    app.include_router(completions.routes(served))
-    app.include_router(chat.routes(served))
-    app.include_router(tokenize.routes(served))
-    app.include_router(models.routes(served))
-    app.include_router(health.routes(served, render_metrics, versions))
+    routers = [
+        completions.routes(served),
+        chat.routes(served),
+        tokenize.routes(served),
+        models.routes(served),
+        health.routes(served, render_metrics, versions),
+    ]
     if admin is not None:
-        app.include_router(profiles.routes(admin))
-        app.include_router(administration.routes(admin))
+        routers += [profiles.routes(admin), administration.routes(admin)]
+    for router in routers:
+        app.include_router(router)
     errors.install(app)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, on_rejected=on_rejected)
@@ -96,7 +99,8 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(RequestMiddleware, observe=observe_http)
+    routes = [route for router in routers for route in router.routes]
+    app.add_middleware(RequestMiddleware, observe=observe_http, routes=routes)
     return app
 
 

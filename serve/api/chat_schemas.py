@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
@@ -17,7 +17,10 @@ from serve.api.schemas import (
 MAX_MESSAGES = 1024
 _NO_TOOLS = "tools are not supported: GPT-2 was not taught to call any"
 
-NoTools = Annotated[None, refused(_NO_TOOLS)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+NoTools = Annotated[None, refused(_NO_TOOLS, Nothing)]
+NoToolChoice = Annotated[None, refused(_NO_TOOLS, Literal["none", "auto"])]
+NoToolCall = Annotated[None, refused(_NO_TOOLS)]
 NoAudio = Annotated[None, refused("audio is not supported: GPT-2 reads and writes text alone")]
 
 
@@ -30,7 +33,9 @@ def _as_parts(value: object) -> object:
     """A string as its one part. Says of other kinds of parts why they are none."""
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
-    for part in value if isinstance(value, list) else ():
+    if not isinstance(value, list):
+        raise ValueError("expected a string or a list of text parts")
+    for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
             raise UnsupportedValueError(
@@ -57,10 +62,10 @@ class Message(RequestModel):
     ]
     name: str | None = Field(None, description="For the template")
     refusal: Annotated[None, refused("refusals are not supported")] = None
-    annotations: Annotated[None, refused("annotations are not supported")] = None
+    annotations: Annotated[None, refused("annotations are not supported", Nothing)] = None
     audio: NoAudio = None
     tool_calls: NoTools = None
-    function_call: NoTools = None
+    function_call: NoToolCall = None
 
     def for_template(self) -> dict[str, str]:
         """As templates expect it. Parts are joined by line ends, as in vLLM."""
@@ -84,10 +89,10 @@ class ChatRequest(GenerationFields):
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="Only where logprobs is true")
     audio: NoAudio = None
     tools: NoTools = None
-    tool_choice: NoTools = None
-    parallel_tool_calls: NoTools = None
+    tool_choice: NoToolChoice = None
+    parallel_tool_calls: bool = Field(True, description="Changes nothing: there are no tools")
     functions: NoTools = None
-    function_call: NoTools = None
+    function_call: NoToolChoice = None
 
     @field_validator("max_tokens")
     @classmethod

@@ -9,11 +9,12 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api import access, errors
@@ -31,11 +32,11 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 class RequestMiddleware:
     """`observe` is called once a request, also for one that nobody waited for (status 499).
 
-    A HEAD is answered as a GET; the server leaves the body out.
+    `routes`: the app's. A HEAD is answered as a GET; the server leaves the body out.
     """
 
-    def __init__(self, app: ASGIApp, observe: HttpObserver) -> None:
-        self._app, self._observe = app, observe
+    def __init__(self, app: ASGIApp, observe: HttpObserver, routes: Sequence[BaseRoute]) -> None:
+        self._app, self._observe, self._routes = app, observe, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,9 +57,19 @@ class RequestMiddleware:
         try:
             await self._app(scope, receive, answer)
         finally:
-            seconds, route = time.perf_counter() - start, _route(scope)
+            seconds, route = time.perf_counter() - start, self._route(scope)
             self._observe(route, known.status, seconds)
             known.write(method, route, seconds)
+
+    def _route(self, scope: Scope) -> str:
+        """The template, of which there are few, and never the path, which the client chooses.
+
+        Also where a request would have gone that was refused on its way.
+        """
+        found = scope.get("route") or next(
+            (route for route in self._routes if route.matches(scope)[0] != Match.NONE), None
+        )
+        return getattr(found, "path", "unknown")
 
 
 class ErrorMiddleware:
@@ -128,8 +139,3 @@ def _request_id(scope: Scope) -> bytes:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             return bytes(value)
     return uuid.uuid4().hex.encode()
-
-
-def _route(scope: Scope) -> str:
-    """The template, of which there are few, and never the path, which the client chooses."""
-    return getattr(scope.get("route"), "path", "unknown")

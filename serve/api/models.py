@@ -6,6 +6,7 @@ from typing import Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 from serve.api import openapi
 from serve.api.served import ServedModel, ServedModels
@@ -44,6 +45,8 @@ def routes(models: ServedModels) -> APIRouter:
     @router.get("/v1/models/{name:path}", responses=openapi.answers(ModelCard, 404))
     async def retrieve_model(name: str) -> ModelCard:
         """One model, by any of its names."""
+        if not name:
+            raise HTTPException(404)
         return _card(name, models.named(name))
 
     return router

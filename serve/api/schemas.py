@@ -14,6 +14,8 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    TypeAdapter,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -34,13 +36,21 @@ class UnsupportedValueError(ValueError):
     """A value that OpenAI's API knows and this server does not serve."""
 
 
-def refused(why: str) -> PlainValidator:
-    """For a field that OpenAI's API has and this server does not serve; null passes."""
+def refused(why: str, harmless: Any = None) -> PlainValidator:
+    """For a field that OpenAI's API has and this server does not serve.
 
-    def refuse(value: object) -> None:  # noqa: ARG001
-        raise UnsupportedValueError(why)
+    null passes, and so does what is of the type `harmless`, for it asks for nothing.
+    """
+    passes = TypeAdapter(harmless)
 
-    return PlainValidator(refuse, json_schema_input_type=None)
+    def refuse(value: object) -> None:
+        try:
+            passes.validate_python(value)
+        except ValidationError:
+            raise UnsupportedValueError(why) from None
+
+    kind = None if harmless is None else harmless | None
+    return PlainValidator(refuse, json_schema_input_type=kind)
 
 
 def _is_ids(value: object) -> bool:
@@ -113,8 +123,8 @@ class RequestModel(BaseModel):
     def _null_is_default(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        return {k: value for k, value in data.items() if value is not None or k not in known}
+        optional = {f.alias or n for n, f in cls.model_fields.items() if not f.is_required()}
+        return {k: value for k, value in data.items() if value is not None or k not in optional}
 
 
 class StreamOptions(RequestModel):

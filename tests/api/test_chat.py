@@ -138,13 +138,13 @@ def prompt_of(server: Server, messages: list[dict[str, Any]]) -> str:
 
 def test_messages_of_every_kind(server: Server) -> None:
     parts = [{"type": "text", "text": "two"}, {"type": "text", "text": "lines"}]
-    answered = {
+    answered: dict[str, Any] = {
         "role": "assistant",
         "content": " yes ",
         "refusal": None,
-        "annotations": None,
+        "annotations": [],
         "audio": None,
-        "tool_calls": None,
+        "tool_calls": [],
         "function_call": None,
     }
     messages: list[dict[str, Any]] = [
@@ -165,7 +165,11 @@ def test_messages_of_every_kind(server: Server) -> None:
     [
         ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages.role", "tools"),
         ({"role": "function", "content": "x"}, "messages.role", "tools"),
-        ({"role": "assistant", "content": "x", "tool_calls": []}, "messages.tool_calls", "tools"),
+        (
+            {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]},
+            "messages.tool_calls",
+            "tools",
+        ),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "messages.content",
@@ -184,15 +188,37 @@ def test_messages_that_are_not_served(
     assert why in error["message"]
 
 
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {}}}
+
+
 @pytest.mark.parametrize(
-    "field",
-    ["tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "audio"],
+    ("field", "value"),
+    [
+        ("tools", [TOOL]),
+        ("tools", {}),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "now"}}),
+        ("functions", [TOOL["function"]]),
+        ("function_call", {"name": "now"}),
+        ("audio", {"voice": "ash", "format": "wav"}),
+    ],
 )
-def test_fields_that_are_not_served(server: Server, field: str) -> None:
-    error = server.chat("hi", **{field: []}).json()["error"]
+def test_fields_that_are_not_served(server: Server, field: str, value: Any) -> None:
+    error = server.chat("hi", **{field: value}).json()["error"]
     assert (error["param"], error["code"]) == (field, "unsupported_parameter")
     assert "GPT-2" in error["message"]
     assert server.chat("hi", **{field: None}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [], "tool_choice": "none", "parallel_tool_calls": False},
+        {"tool_choice": "auto", "functions": [], "function_call": "none"},
+    ],
+)
+def test_who_wants_no_tools_gets_none(server: Server, fields: dict[str, Any]) -> None:
+    assert server.chat("hi", **fields).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -206,7 +232,9 @@ def test_fields_that_are_not_served(server: Server, field: str) -> None:
         ({"messages": [{"role": "user", "content": 5}]}, "messages.content"),
         ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages.content"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.content.text"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages.content"),
         ({"messages": [{"role": "king", "content": "hi"}]}, "messages.role"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
         ({"messages": [{"role": "user", "content": "hi", "mood": None}]}, "messages.mood"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),

@@ -123,6 +123,7 @@ def test_content_type_may_have_a_charset(server: Server) -> None:
     [
         ("GET", "/nowhere", 404, "unknown_url"),
         ("POST", "/v1/completions/", 404, "unknown_url"),
+        ("GET", "/v1/models/", 404, "unknown_url"),
         ("GET", "/v1/completions", 405, "method_not_allowed"),
         ("DELETE", "/v1/models/gettysburg", 405, "method_not_allowed"),
         ("POST", "/health", 405, "method_not_allowed"),

@@ -205,7 +205,9 @@ def test_too_many_requests() -> None:
         assert ask("key-two-2").status_code == 200
         assert ask("a-wrong-key").status_code == 401
         assert server.get("/health").status_code == 200
+        seen = [server.http.get(timeout=PATIENCE)[:2] for _ in range(6)]
     assert reasons == ["rate_limit", "invalid_key"]
+    assert seen[2:5] == [("/v1/models", 429), ("/v1/models", 200), ("/v1/models", 401)]
 
 
 def test_without_keys_each_address_has_its_rate() -> None:

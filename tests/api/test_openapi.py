@@ -60,7 +60,7 @@ WRONG: list[tuple[str, dict[str, Any], int]] = [
     ("/v1/completions", {**COMPLETION, "logprobs": 21}, 400),
     ("/v1/completions", {**COMPLETION, "model": "gpt-5"}, 404),
     ("/v1/chat/completions", {**CHAT, "messages": []}, 400),
-    ("/v1/chat/completions", {**CHAT, "tools": []}, 400),
+    ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400),
     ("/v1/chat/completions", {**CHAT, "model": "gpt-5"}, 404),
     ("/v1/chat/completions", {**CHAT, "messages": [{"role": "king", "content": "hi"}]}, 400),
     ("/tokenize", {"prompt": 5}, 400),

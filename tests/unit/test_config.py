@@ -718,7 +718,7 @@ def test_good_tls_files(folder: Path) -> None:
     ],
 )
 def test_bad_tls_files(certificate: str, key: str | None) -> None:
-    with pytest.raises(ConfigError, match="PEM files of a certificate and its key") as found:
+    with pytest.raises(ConfigError, match="a PEM file of a certificate, and its key") as found:
         check_tls(tls_certificate=certificate, **({} if key is None else {"tls_key": key}))
     assert found.value.key == "server.tls_certificate"
     assert certificate in str(found.value)
