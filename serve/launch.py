@@ -21,10 +21,11 @@ from serve.api.app import ServedModels, create_app
 from serve.api.auth import Keys, is_loopback
 from serve.chat_template import chat_template
 from serve.config import Settings
-from serve.deployment import Deployment, ModelFacts
+from serve.deployment import Deployment
 from serve.engine.remote import HostProcess
 from serve.errors import ConfigError, EngineError, ServeError
 from serve.grammar import Grammars
+from serve.libraries import Libraries, ModelFacts
 from serve.metrics import Registry, render
 from serve.model.source import ModelSource, find_model
 from serve.protocol import Protocol
@@ -101,11 +102,13 @@ async def _run(
         for server in servers:
             server.should_exit = True
 
-    deployment = Deployment(settings, model, registry, say, read_settings, on_death, host)
+    libraries = Libraries(settings, model, registry, say, on_death, host)
+    deployment = Deployment(settings, model.name, libraries, read_settings)
+    _reload_on_hangup(deployment, say)
     try:
         await deployment.start()
         app = create_app(
-            deployment.served,
+            libraries.served,
             lambda: render(registry),
             observe_http=registry.observe_http,
             versions=_versions(),
@@ -119,35 +122,27 @@ async def _run(
         )
         sock.listen(2048)
         sock.setblocking(False)
-        _announce(deployment.served, settings, sock.getsockname()[1], say)
-        await _serve(_uvicorn_config(settings, app), deployment, sock, servers, say)
+        _announce(libraries.served, settings, sock.getsockname()[1], say)
+        await _serve(_uvicorn_config(settings, app), libraries, settings, sock, servers)
     finally:
-        deployment.close()
+        libraries.close()
     if deaths:
         raise EngineError(deaths[0])
 
 
 async def _serve(
     config: uvicorn.Config,
-    deployment: Deployment,
+    libraries: Libraries,
+    settings: Settings,
     sock: socket.socket,
     servers: list[Server],
-    say: Say,
 ) -> None:
     loop = asyncio.get_running_loop()
     drains: list[asyncio.Task[None]] = []
-    reloads: set[asyncio.Task[None]] = set()
 
-    def drain(seconds: float | None = None) -> None:
-        drains.append(loop.create_task(deployment.drain(seconds)))
+    def drain(seconds: float = settings.server.drain_seconds) -> None:
+        drains.append(loop.create_task(libraries.drain(seconds)))
 
-    def reload() -> None:
-        task = loop.create_task(_reload(deployment, say))
-        reloads.add(task)
-        task.add_done_callback(reloads.discard)
-
-    with contextlib.suppress(AttributeError, NotImplementedError):  # no such signal on Windows
-        loop.add_signal_handler(signal.SIGHUP, reload)
     server = Server(config, lambda: loop.call_soon_threadsafe(drain))
     servers.append(server)
     await server.serve(sockets=[sock])
@@ -159,14 +154,26 @@ async def _serve(
     await asyncio.gather(*drains)
 
 
-async def _reload(deployment: Deployment, say: Say) -> None:
-    """On SIGHUP: say what came of it."""
-    try:
-        report = await deployment.reload()
-    except ServeError as error:
-        log.error("reload refused, nothing was changed: %s", error)
-    else:
-        say(f"reloaded: {', '.join(report.changed) or 'nothing has changed'}")
+def _reload_on_hangup(deployment: Deployment, say: Say) -> None:
+    """From now on; a reload waits until what the settings name is loaded."""
+    loop = asyncio.get_running_loop()
+    under_way: set[asyncio.Task[None]] = set()
+
+    async def reload() -> None:
+        try:
+            report = await deployment.reload()
+        except ServeError as error:
+            log.error("reload refused, nothing was changed: %s", error)
+        else:
+            say(f"reloaded: {', '.join(report.changed) or 'nothing has changed'}")
+
+    def on_hangup() -> None:
+        task = loop.create_task(reload())
+        under_way.add(task)
+        task.add_done_callback(under_way.discard)
+
+    with contextlib.suppress(AttributeError, NotImplementedError):  # no such signal on Windows
+        loop.add_signal_handler(signal.SIGHUP, on_hangup)
 
 
 def _model_facts(model: ModelSource, settings: Settings, say: Say) -> ModelFacts:
@@ -183,6 +190,7 @@ def _model_facts(model: ModelSource, settings: Settings, say: Say) -> ModelFacts
     return ModelFacts(
         name,
         () if is_name else (model.spec,),
+        model.config.n_positions,
         tokenizer,
         Grammars(tokenizer),
         None if template is None else _read_template(template),

@@ -13,6 +13,9 @@ from typing import Any, Literal
 from serve.config import Settings
 from serve.engine.remote import HostProcess
 
+# Name -> family. What they are is in serve/backends, which has TVM.
+BACKENDS: dict[str, Literal["cpu", "gpu"]] = {"cpu": "cpu", "cuda": "gpu"}
+
 
 def start_host(settings: Settings) -> HostProcess:
     """Start serve/host.py, which takes a while to import what it needs."""

@@ -59,15 +59,17 @@ LAW: dict[str, set[str]] = {
     "serve.host": {"serve.engine", "serve.loading", "serve.logs"},
     # The front of the server, which has no TVM.
     "serve.placement": {"serve.config", "serve.engine"},
-    "serve.deployment": {
+    "serve.libraries": {
         "serve.api", "serve.config", "serve.engine", "serve.grammar", "serve.metrics",
-        "serve.placement", "serve.tokenizer", "profiles",
+        "serve.placement", "serve.tokenizer",
+    },
+    "serve.deployment": {
+        "serve.api", "serve.config", "serve.libraries", "serve.placement", "profiles",
     },
     "serve.launch": {
         "serve.api", "serve.chat_template", "serve.config", "serve.deployment", "serve.engine",
-        "serve.grammar",
-        "serve.metrics", "serve.model.source", "serve.protocol", "serve.tokenizer", "fastapi",
-        "uvicorn",
+        "serve.grammar", "serve.libraries", "serve.metrics", "serve.model.source",
+        "serve.protocol", "serve.tokenizer", "fastapi", "uvicorn",
     },
     "serve.cli": {
         "serve.config", "serve.launch", "serve.logs", "serve.placement", "serve.tools", "profiles",
@@ -81,11 +83,12 @@ LAW: dict[str, set[str]] = {
 # What puts others together -> who alone may import it.
 NOT_IMPORTED: dict[str, set[str]] = {
     "serve.config": {
-        "serve.launch", "serve.deployment", "serve.placement", "serve.cli", "serve.tools",
-        "serve.loading", "serve.bench", "serve.trace",
+        "serve.launch", "serve.deployment", "serve.libraries", "serve.placement", "serve.cli",
+        "serve.tools", "serve.loading", "serve.bench", "serve.trace",
     },
     "serve.loading": {"serve.host", "serve.tools", "serve.bench", "serve.trace"},
     "serve.host": set(),
+    "serve.libraries": {"serve.deployment", "serve.launch"},
     "serve.deployment": {"serve.launch"},
     "serve.launch": {"serve.cli"},
     "serve.bench": {"serve.tools", "serve.trace"},

@@ -76,8 +76,10 @@ def create_app(
     ]
     if admin is not None:
         routers += [profiles.routes(admin), administration.routes(admin)]
+    routes = [*app.routes]  # the document's
     for router in routers:
         app.include_router(router)
+        routes += router.routes
     errors.install(app)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, on_rejected=on_rejected)
@@ -99,7 +101,6 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    routes = [route for router in routers for route in router.routes]
     app.add_middleware(RequestMiddleware, observe=observe_http, routes=routes)
     return app
 

@@ -46,10 +46,14 @@ class LoadedProfile(LibraryState):
 
 
 class ProfileCard(BaseModel):
-    """rules: in order, by backend or family of backends (cpu, gpu)."""
+    """rules: in order, by backend or family of backends (cpu, gpu).
+
+    error: why its file cannot be read.
+    """
 
     name: str
     description: str
+    error: str | None = None
     rules: dict[str, list[RuleCard]]
     libraries: list[LoadedProfile]
 

@@ -13,6 +13,7 @@ import pytest
 import tvm
 from tvm.target import codegen
 
+from serve import placement
 from serve.backends import BACKENDS, cpu, cuda, get_backend, usable_cpus
 from serve.backends.backend import existing_device
 from serve.errors import BackendError
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.compiler
 
 
 def test_the_known_backends() -> None:
-    assert {name: get_backend(name).family for name in BACKENDS} == {"cpu": "cpu", "cuda": "gpu"}
+    families = {name: get_backend(name).family for name in BACKENDS}
+    assert families == placement.BACKENDS == {"cpu": "cpu", "cuda": "gpu"}
     assert all(backend.name == name for name, backend in BACKENDS.items())
     assert all(backend.dtype == "float32" for backend in BACKENDS.values())
 
