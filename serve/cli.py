@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from profiles import ProfileError
 from serve import logs
-from serve.config import Settings, load_settings
+from serve.config import DEFAULT_FILE, Settings, load_settings
 from serve.errors import ConfigError, ServeError
 from serve.placement import start_host
 
@@ -65,6 +65,9 @@ def _terminated(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
 
 
 def settings_from(parsed: argparse.Namespace) -> Settings:
+    """A file that was read once has to be there from then on."""
+    if parsed.config is None and DEFAULT_FILE.is_file():
+        parsed.config = DEFAULT_FILE
     given = {key: text for key, text in vars(parsed).items() if "." in key and text is not None}
     for assignment in parsed.set:
         key, equals, text = assignment.partition("=")

@@ -155,7 +155,7 @@ class TrafficSection(Section):
     requests with the same value of it are answered by the same library.
     """
 
-    weights: dict[str, Annotated[float, Field(gt=0)]] = {}
+    weights: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = {}
     sticky_header: str = Field(default="x-session-id", pattern=r"^[a-z0-9-]+$")
 
 

@@ -35,6 +35,7 @@ class Deployment:
         self._settings, self._model_name = settings, model_name
         self._libraries, self._read_settings = libraries, read_settings
         self._changing = asyncio.Lock()  # one reload at a time
+        self._chosen: Placement | None = None  # what is to be the default, once it is loaded
         self._switches: set[asyncio.Task[None]] = set()  # that wait for a load
 
     async def start(self) -> None:
@@ -65,6 +66,7 @@ class Deployment:
 
     async def make_default(self, profile: str, backend: str | None, wait: bool) -> LibraryState:
         library = self._begin_load(self._placement(profile, backend))
+        self._chosen = library.placement
         if library.state == "loaded" or wait:
             await self._switch_when_loaded(library.placement)
         else:
@@ -84,7 +86,7 @@ class Deployment:
             fixed = [key for key in changed if key not in _LIVE]
             if fixed:
                 raise RequestError(
-                    f"these settings need a restart: {', '.join(fixed)}; nothing was changed",
+                    f"these settings need a restart: {', '.join(fixed)}",
                     "settings",
                     "restart_required",
                 )
@@ -122,7 +124,7 @@ class Deployment:
     async def _move_to(self, settings: Settings) -> None:
         """Load what is missing, switch, unload what is left over; or change nothing, and raise."""
         wanted = self._wanted(settings)
-        before = {library.placement for library in self._libraries}
+        before = {x.placement for x in self._libraries if x.state != "unloading"}
         try:
             await self._load_all(wanted)
             self._apply(settings)
@@ -148,8 +150,11 @@ class Deployment:
         def served(text: str) -> ServedModel:
             return self._libraries.served_by(Placement.parse(text, backend))
 
-        default = served(settings.library.profile)
-        traffic = {served(text): weight for text, weight in settings.traffic.weights.items()}
+        default, traffic = served(settings.library.profile), dict[ServedModel, float]()
+        for text, weight in settings.traffic.weights.items():
+            model = served(text)  # `full` and `cpu:full` may be the same
+            traffic[model] = traffic.get(model, 0) + weight
+        self._chosen = Placement.parse(settings.library.profile, backend)
         self._libraries.served.set_default(default)
         self._libraries.served.set_traffic(traffic)
 
@@ -160,7 +165,10 @@ class Deployment:
         return self._libraries.load(placement)
 
     async def _switch_when_loaded(self, placement: Placement) -> None:
-        self._libraries.served.set_default(await self._libraries.loaded(placement))
+        """Unless another one has been chosen meanwhile."""
+        model = await self._libraries.loaded(placement)
+        if self._chosen == placement:
+            self._libraries.served.set_default(model)
 
     def _switched(self, task: asyncio.Task[None]) -> None:
         """Why it was not, is in the library's state."""
@@ -186,11 +194,15 @@ class Deployment:
             known = ", ".join(BACKENDS)
             message = f"unknown backend {placement.backend!r}; known: {known}"
             raise RequestError(message, "backend", "backend_not_found")
+        folder = self._folder()
+        if placement.profile not in (profiles := list_profiles(folder)):
+            message = f"no such profile: {placement.profile!r}; known: {', '.join(profiles)}"
+            raise RequestError(message, "profile", "profile_not_found")
         try:
-            profile = load_profile(placement.profile, self._folder())
+            profile = load_profile(placement.profile, folder)
             profile.rules_for(placement.backend, BACKENDS[placement.backend])
         except ProfileError as error:
-            raise RequestError(str(error), "profile", "profile_not_found") from error
+            raise RequestError(str(error), "profile") from error
 
     def _existing(self, placement: Placement) -> Library:
         library = self._libraries.get(placement)

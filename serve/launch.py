@@ -33,6 +33,7 @@ from serve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+_DEATH_SECONDS = 2.0  # that connections get when the engines are dead
 PROMPT = "Four score and seven years ago"
 Say = Callable[[str], None]
 
@@ -76,9 +77,9 @@ def _start(
     keys = settings.auth.read_api_keys(), settings.auth.read_admin_keys()
     model = find_model(settings.model.source, settings.hub)
     facts = _model_facts(model, settings, say)
-    sock = listen(server.host, server.port)
+    sock = bind(server.host, server.port)
     with sock:
-        loop_factory = uvicorn.Config("").get_loop_factory()
+        loop_factory = uvicorn.Config("", log_config=None).get_loop_factory()
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(_run(settings, keys, host, read_settings, facts, sock, say))
 
@@ -98,9 +99,11 @@ async def _run(
     servers: list[Server] = []
 
     def on_death(message: str) -> None:
+        """Whoever waited has been told; a client that does not listen is not waited for."""
         deaths.append(message)
         for server in servers:
             server.should_exit = True
+            loop.call_later(_DEATH_SECONDS, setattr, server, "force_exit", True)
 
     libraries = Libraries(settings, model, registry, say, on_death, host)
     deployment = Deployment(settings, model.name, libraries, read_settings)
@@ -120,8 +123,7 @@ async def _run(
             on_rejected=registry.on_rejected,
             admin=deployment,
         )
-        sock.listen(2048)
-        sock.setblocking(False)
+        _listen(sock, settings)
         _announce(libraries.served, settings, sock.getsockname()[1], say)
         await _serve(_uvicorn_config(settings, app), libraries, settings, sock, servers)
     finally:
@@ -165,7 +167,8 @@ def _reload_on_hangup(deployment: Deployment, say: Say) -> None:
         except ServeError as error:
             log.error("reload refused, nothing was changed: %s", error)
         else:
-            say(f"reloaded: {', '.join(report.changed) or 'nothing has changed'}")
+            loaded = ", ".join(x.name for x in report.libraries if x.state == "loaded")
+            say(f"reloaded; changed: {', '.join(report.changed) or 'no setting'}; loaded: {loaded}")
 
     def on_hangup() -> None:
         task = loop.create_task(reload())
@@ -253,8 +256,8 @@ def _announce(served: ServedModels, settings: Settings, port: int, say: Say) -> 
     say(f"  curl {url}/v1/completions {header} -d '{json.dumps(body)}'")
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, not yet listening. Raises ConfigError if the address cannot be had."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket, not yet listening. Raises ConfigError if the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -262,6 +265,19 @@ def listen(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        expected = f"an address that is free on this machine ({error.strerror or error})"
-        raise ConfigError("settings", "server.host:port", f"{host}:{port}", expected) from None
+        raise _not_free(host, port, error) from None
     return sock
+
+
+def _listen(sock: socket.socket, settings: Settings) -> None:
+    """Raises ConfigError if somebody who was bound to the same address has begun before."""
+    try:
+        sock.listen(2048)
+    except OSError as error:
+        raise _not_free(settings.server.host, settings.server.port, error) from None
+    sock.setblocking(False)
+
+
+def _not_free(host: str, port: int, error: OSError) -> ConfigError:
+    expected = f"an address that is free on this machine ({error.strerror or error})"
+    return ConfigError("settings", "server.host:port", f"{host}:{port}", expected)

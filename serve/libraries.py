@@ -6,6 +6,7 @@ Lives in the event loop of the server. Which of them the settings want is the de
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ class Libraries:
         self._libraries: dict[Placement, Library] = {}
         self._loop = asyncio.get_running_loop()
         self._restarting: asyncio.Task[None] | None = None
+        self._is_ending = False
         self._process = self._watched(host)
 
     def __iter__(self) -> Iterator[Library]:
@@ -89,14 +91,16 @@ class Libraries:
         return self._libraries.get(placement)
 
     def load(self, placement: Placement) -> Library:
-        """Begin to load it, unless it is loaded or being loaded. Raises ConflictError."""
+        """Begin to load it, unless it is loaded or being loaded; behind its unload, if need be."""
         found = self._libraries.get(placement)
         if found is not None and found.state in ("loading", "loaded"):
             return found
-        if found is not None and found.state == "unloading":
-            raise ConflictError(f"{placement} is being unloaded; wait until it is")
         library = self._libraries[placement] = Library(placement, phase="queued")
-        self._begin(library)
+        if found is not None and found.state == "unloading":
+            library.phase = "waiting until it is unloaded"
+            self._begin(library, after=found.done)
+        else:
+            self._begin(library)
         return library
 
     async def loaded(self, placement: Placement) -> ServedModel:
@@ -126,6 +130,7 @@ class Libraries:
 
     async def drain(self, seconds: float) -> None:
         """Take no more requests, give the running ones so long, and end the engines' process."""
+        self._is_ending = True
         engines = [library.engine for library in self if library.engine is not None]
         await asyncio.gather(*(engine.drain(seconds) for engine in engines))
         await asyncio.to_thread(self._process.stop)
@@ -136,12 +141,14 @@ class Libraries:
 
     # -- one load, one unload
 
-    def _begin(self, library: Library) -> None:
-        library.done = self._loop.create_task(self._load(library))
+    def _begin(self, library: Library, after: asyncio.Task[None] | None = None) -> None:
+        library.done = self._loop.create_task(self._load(library, after))
         library.done.add_done_callback(_retrieved)
 
-    async def _load(self, library: Library) -> None:
+    async def _load(self, library: Library, after: asyncio.Task[None] | None) -> None:
         placement = library.placement
+        if after is not None:
+            await asyncio.wait([after])
 
         def on_progress(phase: str) -> None:  # in the process object's thread
             self._loop.call_soon_threadsafe(self._progress, library, phase)
@@ -214,7 +221,7 @@ class Libraries:
 
     async def _unload(self, library: Library) -> None:
         assert library.engine is not None
-        await library.engine.drain(self._settings.server.drain_seconds)
+        await library.engine.drain(math.inf)
         if library.metrics is not None:
             library.metrics.close()
         library.state, library.phase = "unloaded", None
@@ -252,7 +259,8 @@ class Libraries:
             for one in dead:
                 await self.loaded(one.placement)
         except Exception as error:
-            self._on_death(f"the engines could not be started again: {error}")
+            if not self._is_ending:
+                self._on_death(f"the engines could not be started again: {error}")
         else:
             self._say("the engines are back")
 

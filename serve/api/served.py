@@ -141,8 +141,8 @@ class ServedModels:
         self.default, self._traffic = model, {}
 
     def set_traffic(self, weights: Mapping[ServedModel, float]) -> None:
-        """Split the model's own name by these weights; none: it means the default."""
-        self._traffic = dict(weights)
+        """Split the model's own name by these weights; if all are 0, it means the default."""
+        self._traffic = {model: weight for model, weight in weights.items() if weight > 0}
 
     @property
     def traffic(self) -> Mapping[ServedModel, float]:

@@ -231,14 +231,56 @@ def test_what_is_computed_ends_before_its_library_goes(tmp_path: Path) -> None:
         [stream] = it.libraries.served.find("m@matmul").submit([([1, 2, 3], LONG)], "")
         state = await it.unload("matmul", wait=False)
         assert (state.state, state.phase) == ("unloading", "finishing what runs")
-        with pytest.raises(ConflictError, match="is being unloaded"):
-            await it.load("matmul")
+        assert "m@matmul" not in it.names
         events = [event async for event in stream]
         assert isinstance(events[-1], FinishEvent)
         assert events[-1].reason == "length"
         await until(lambda: it.states == {"cpu:full": "loaded"})
 
     run(tmp_path, test)
+
+
+def test_what_is_wanted_back_is_loaded_behind_its_unload(tmp_path: Path) -> None:
+    async def test(it: Live) -> None:
+        await it.load("matmul")
+        [stream] = it.libraries.served.find("m@matmul").submit([([1, 2, 3], LONG)], "")
+        await it.unload("matmul", wait=False)
+        it.edit(ALSO)
+        reload = asyncio.create_task(it.reload())
+        await asyncio.sleep(0)
+        [state] = [s for s in it.deployment.states() if s.profile == "matmul"]
+        assert (state.state, state.phase) == ("loading", "waiting until it is unloaded")
+        *_, end = [event async for event in stream]
+        assert isinstance(end, FinishEvent)
+        assert end.reason == "length"
+        await reload
+        assert it.states == dict.fromkeys(["cpu:full", "cpu:matmul", "cpu:gemv"], "loaded")
+        assert await it.ask("m@matmul") == 3
+
+    run(tmp_path, test)
+
+
+def test_the_default_chosen_last_counts(tmp_path: Path) -> None:
+    async def test(it: Live) -> None:
+        await it.make_default("slow", wait=False)
+        await it.make_default("full")
+        it.release_slow()
+        await until(lambda: it.states["cpu:slow"] == "loaded")
+        assert not (await it.load("slow")).is_default
+        assert it.default == "full"
+
+    run(tmp_path, test)
+
+
+def test_weights_of_nothing_and_of_the_same_library(tmp_path: Path) -> None:
+    async def test(it: Live) -> None:
+        assert it.traffic == {"full": 0.75, "gemv": 0.25, "matmul": 0}
+        it.edit("[traffic]\nweights = { matmul = 0.0 }")
+        await it.reload()
+        await until(lambda: it.traffic == {"full": 1, "matmul": 0})
+
+    weights = '{ full = 1, "cpu:full" = 2, gemv = 1, matmul = 0 }'
+    run(tmp_path, test, f"[traffic]\nweights = {weights}")
 
 
 def test_a_reload_moves_to_the_new_settings(tmp_path: Path) -> None:
