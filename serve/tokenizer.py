@@ -137,6 +137,19 @@ class Detokenizer:
             return ""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
+    def num_before(self, token_id: int) -> int:
+        """Of the characters that push(token_id) would return, those before the token's own first.
+
+        They are what is left of an unfinished character, where the token does not go on with it.
+        """
+        pending, _ = self._utf8.getstate()
+        if not pending or token_id in self._skipped:
+            return 0
+        probe = codecs.getincrementaldecoder("utf-8")("replace")
+        text = probe.decode(pending + self._tokenizer.token_bytes(token_id)[:1])
+        is_begun, _ = probe.getstate()  # the token's first byte is not whole, either
+        return len(text) if is_begun else len(text) - 1
+
     def finish(self) -> str:
         """What is left of an unfinished character, as U+FFFD."""
         return self._utf8.decode(b"", final=True)

@@ -32,6 +32,13 @@ async def read_json(request: Request, schema: type[Schema]) -> Schema:
         raise RequestError(
             f"Content-Type is {kind!r}; send application/json", "body", "invalid_content_type"
         )
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise RequestError(
+            f"Content-Encoding is {encoding!r}; send the JSON as it is",
+            "body",
+            "invalid_content_type",
+        )
     refuses = limits.of(request).unknown_fields == "refuse"
     try:
         return schema.model_validate_json(await request.body(), extra=None if refuses else "ignore")

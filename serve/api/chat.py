@@ -76,8 +76,10 @@ async def _submit(asked: ChatRequest, model: ServedModel) -> list[Choice]:
     prompt = await rendered(asked.messages, model)
     keep = asked.truncate_prompt_tokens
     [ids] = await prompt_ids([prompt.text], model.tokenizer, keep, "messages")
-    # Who wants as many tokens as he asked for wants no end of the turn, either.
-    stop = asked.stop if asked.ignore_eos else [*prompt.stop, *asked.stop]
+    grammar = await grammar_of(asked, model.grammars)
+    # Who wants a text of a given form or length wants no end of the turn, either.
+    has_own_end = asked.ignore_eos or grammar is not None
+    stop = asked.stop if has_own_end else [*prompt.stop, *asked.stop]
     wanted = Wanted(
         stop, asked.min_tokens, token_ids=asked.return_token_ids, logprobs=asked.logprobs
     )
@@ -87,7 +89,7 @@ async def _submit(asked: ChatRequest, model: ServedModel) -> list[Choice]:
             _max_tokens(asked, len(ids), model.max_context),
             model.vocab_size,
             model.tokenizer.eos_token_id,
-            await grammar_of(asked, model.grammars),
+            grammar,
             num_logprobs=asked.top_logprobs if asked.logprobs else None,
         )
         return submit(model, [ids], params, asked.n, wanted, asked.cache_salt)

@@ -11,6 +11,7 @@ from serve.api.schemas import (
     GenerationFields,
     RequestModel,
     UnsupportedValueError,
+    WrongTypeError,
     refused,
 )
 
@@ -34,7 +35,7 @@ def _as_parts(value: object) -> object:
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
     if not isinstance(value, list):
-        raise ValueError("expected a string or a list of text parts")
+        raise WrongTypeError("expected a string or a list of text parts")
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":

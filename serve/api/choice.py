@@ -32,7 +32,7 @@ class Wanted:
 
 
 class ScoredToken(NamedTuple):
-    """A token and where it begins: so many characters of the choice's text were certain before it.
+    """A token and where it begins, in characters of the choice's text.
 
     `logprobs` is None for a prompt's first token alone.
     """
@@ -119,19 +119,21 @@ class Choice:
         self._ids.append(event.token_id)
         self.num_generated += 1
         if event.logprobs is not None:
-            self._score(event.token_id, event.logprobs)
+            self._score(event.token_id, event.logprobs, event.is_stop)
         if not event.is_stop:
             self._add(self._detokenizer.push(event.token_id))
 
-    def _score(self, token_id: int, logprobs: TokenLogprobs) -> None:
+    def _score(self, token_id: int, logprobs: TokenLogprobs, is_stop: bool) -> None:
         self._sum_logprobs += logprobs.logprob
         if self._wanted.logprobs:
-            self._scored.append(ScoredToken(token_id, logprobs, self._num_certain))
+            before = 0 if is_stop else self._detokenizer.num_before(token_id)
+            self._scored.append(ScoredToken(token_id, logprobs, self._num_certain + before))
 
     def _score_prompt(self, event: PromptEvent) -> None:
         detokenizer, offset = self._tokenizer.detokenizer(skip_special=False), 0
         for token_id, logprobs in zip(self.prompt_ids, event.logprobs, strict=True):
-            self._scored.append(ScoredToken(token_id, logprobs, offset))
+            before = detokenizer.num_before(token_id)
+            self._scored.append(ScoredToken(token_id, logprobs, offset + before))
             offset += len(detokenizer.push(token_id))
 
     def _take_scored(self) -> list[ScoredToken]:

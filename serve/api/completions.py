@@ -22,6 +22,7 @@ from serve.api.schemas import CompletionRequest
 from serve.api.served import ServedModel, ServedModels
 from serve.api.structured import grammar_of
 from serve.api.submission import submit
+from serve.errors import RequestError
 
 
 def routes(models: ServedModels) -> APIRouter:
@@ -60,7 +61,12 @@ async def _submit(asked: CompletionRequest, model: ServedModel) -> list[Choice]:
     wanted = Wanted(
         asked.stop, asked.min_tokens, asked.echo, asked.return_token_ids, tells_logprobs
     )
-    return submit(model, prompts, params, asked.num_generated, wanted, asked.cache_salt)
+    try:
+        return submit(model, prompts, params, asked.num_generated, wanted, asked.cache_salt)
+    except RequestError as error:
+        if error.param == "n" and asked.best_of is not None:
+            error.param = "best_of"
+        raise
 
 
 class CompletionAnswer(Answer):

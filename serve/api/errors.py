@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from serve.api.schemas import UnsupportedValueError
+from serve.api.schemas import UnsupportedValueError, WrongTypeError
 from serve.errors import (
     BodyTooLargeError,
     ConflictError,
@@ -158,12 +158,13 @@ def _first_of(errors: list[Any]) -> RequestError:
     names = [
         part for part in first["loc"] if isinstance(part, str) and part not in ("body", "path")
     ]
-    param = ".".join(names) or "body"
+    param = ".".join(names) if names else "body"
     if kind == "extra_forbidden":
-        return RequestError(f"Unknown field: {param}", param, "unknown_parameter")
+        return RequestError(f"Unknown field: {param!r}", param, "unknown_parameter")
     if isinstance(cause, UnsupportedValueError):
         return RequestError(f"{param}: {message}", param, "unsupported_parameter")
-    code = _CODES.get(kind) or ("invalid_type" if kind.endswith("_type") else "invalid_value")
+    is_type = isinstance(cause, WrongTypeError) or kind.endswith("_type")
+    code = _CODES.get(kind) or ("invalid_type" if is_type else "invalid_value")
     return RequestError(f"{param}: {message}", param, code)
 
 

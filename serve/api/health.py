@@ -38,12 +38,12 @@ def routes(
             raise EngineError("No model is loaded, or the server is draining", "draining")
         return Status(status="ready")
 
-    @router.get("/version")
+    @router.get("/version", responses=openapi.answers(dict[str, str]))
     async def version() -> dict[str, str]:
         """The server's version, and those of what it stands on."""
         return dict(versions)
 
-    @router.get("/metrics", response_class=Response)
+    @router.get("/metrics", response_class=Response, responses=openapi.text())
     async def metrics() -> Response:
         """For Prometheus."""
         body, content_type = render_metrics()

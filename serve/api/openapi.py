@@ -43,6 +43,16 @@ def answers(model: type[Any], *statuses: int) -> dict[int | str, dict[str, Any]]
     return {200: {"model": model, "description": "The answer"}, **failures, "default": default}
 
 
+def text() -> dict[int | str, dict[str, Any]]:
+    """The same for an endpoint that answers with plain text."""
+    found = answers(str)
+    found[200] = {
+        "description": "The answer",
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+    }
+    return found
+
+
 def generated(model: type[BaseModel], chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The same for an endpoint that generates `model`, or a stream of `chunk`."""
     _described.add((chunk, "serialization"))

@@ -31,9 +31,30 @@ _INT64 = 2**63
 
 Prompts = list[str] | list[list[int]]
 
+# For the description of what is read by hand.
+_Text = Annotated[str, Field(min_length=1)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Prompt = (
+    _Text
+    | Annotated[list[_Text], Field(min_length=1)]
+    | _Ids
+    | Annotated[list[_Ids], Field(min_length=1)]
+)
+_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+_Stop = _StopString | Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_Biases = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], _Bias],
+    Field(json_schema_extra={"additionalProperties": False}),
+]
+
 
 class UnsupportedValueError(ValueError):
     """A value that OpenAI's API knows and this server does not serve."""
+
+
+class WrongTypeError(ValueError):
+    """A value of a type that the field cannot have."""
 
 
 def refused(why: str, harmless: Any = None) -> PlainValidator:
@@ -68,7 +89,7 @@ def _as_prompts(value: object) -> Prompts:
             return [value]
         if all(_is_ids(item) for item in value):
             return value
-    raise ValueError(
+    raise WrongTypeError(
         "expected a string, a list of strings, token ids, or a list of lists of token ids"
     )
 
@@ -76,7 +97,7 @@ def _as_prompts(value: object) -> Prompts:
 def _as_stop_strings(value: object) -> list[str]:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(item, str) for item in strings):
-        raise ValueError("expected a string or a list of strings")
+        raise WrongTypeError("expected a string or a list of strings")
     if len(strings) > MAX_STOP_STRINGS:
         raise ValueError(f"expected at most {MAX_STOP_STRINGS} stop strings")
     if not all(1 <= len(item) <= MAX_STOP_CHARACTERS for item in strings):
@@ -172,15 +193,13 @@ class GenerationFields(RequestModel):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="1: off")
     logit_bias: Annotated[
-        dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_as_biases)
+        dict[int, _Bias], BeforeValidator(_as_biases, json_schema_input_type=_Biases)
     ] = {}
     seed: int | None = Field(
         None, ge=-_INT64, lt=_INT64, description="A negative seed means itself plus 2**64"
     )
-    stop: Annotated[
-        list[str], PlainValidator(_as_stop_strings, json_schema_input_type=str | list[str])
-    ] = []
-    stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKENS)
+    stop: Annotated[list[str], PlainValidator(_as_stop_strings, json_schema_input_type=_Stop)] = []
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field([], max_length=MAX_STOP_TOKENS)
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0)
     truncate_prompt_tokens: int | None = Field(
@@ -189,7 +208,7 @@ class GenerationFields(RequestModel):
     return_token_ids: bool = False
     response_format: ResponseFormat | None = None
     regex: str | None = Field(None, min_length=1, description="What the whole text must match")
-    choice: list[str] | None = Field(
+    choice: list[_Text] | None = Field(
         None, min_length=1, description="What the whole text must be one of"
     )
     timeout: float | None = Field(None, gt=0, description="Seconds, the queue included")
@@ -219,12 +238,7 @@ class GenerationFields(RequestModel):
 class CompletionRequest(GenerationFields):
     """POST /v1/completions."""
 
-    prompt: Annotated[
-        Prompts,
-        PlainValidator(
-            _as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
-        ),
-    ]
+    prompt: Annotated[Prompts, PlainValidator(_as_prompts, json_schema_input_type=_Prompt)]
     echo: bool = Field(False, description="The prompt's text comes first")
     max_tokens: int = Field(16, ge=0, description="0 only with echo")
     best_of: int | None = Field(
@@ -238,6 +252,8 @@ class CompletionRequest(GenerationFields):
     def _no_infill(cls, value: object) -> object:
         if isinstance(value, str) and value:
             raise UnsupportedValueError("GPT-2 cannot infill: it continues a text, and no more")
+        if not isinstance(value, str):
+            raise WrongTypeError("expected a string")
         return value
 
     @field_validator("max_tokens")

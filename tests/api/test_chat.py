@@ -123,6 +123,12 @@ def test_who_ignores_the_end_gets_as_many_tokens_as_he_asked_for(server: Server)
     assert answer["choices"][0]["message"]["content"].startswith(f"{ANSWER}\nUser:")
 
 
+def test_a_text_of_a_given_form_has_no_other_end(server: Server) -> None:
+    for form in ({"choice": ["a\nUser: b"]}, {"regex": r"a\nUser: b"}):
+        [choice] = server.chat("hi", **form).json()["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("a\nUser: b", "stop")
+
+
 def test_own_stop_strings_come_on_top(server: Server) -> None:
     [choice] = server.chat("hi", stop=" day").json()["choices"]
     assert choice["message"]["content"] == " good"

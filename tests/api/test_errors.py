@@ -113,6 +113,16 @@ def test_content_that_is_not_called_json(server: Server, kind: str | None) -> No
     assert answer.json()["error"]["code"] == "invalid_content_type"
 
 
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 400), ("identity", 200)])
+def test_a_compressed_body(server: Server, encoding: str, status: int) -> None:
+    headers = {"content-type": "application/json", "content-encoding": encoding}
+    answer = post(server, json.dumps(request()).encode(), headers)
+    assert answer.status_code == status
+    if status == 400:
+        assert answer.json()["error"]["code"] == "invalid_content_type"
+        assert "'gzip'" in answer.json()["error"]["message"]
+
+
 def test_content_type_may_have_a_charset(server: Server) -> None:
     headers = {"content-type": "Application/JSON; charset=utf-8"}
     assert post(server, json.dumps(request()).encode(), headers).status_code == 200

@@ -16,7 +16,7 @@ from serve.api.logprobs import completion_logprobs, token_text
 from serve.engine import FinishEvent, PromptEvent, TokenEvent, TokenLogprobs
 from tests.api.conftest import SPEECH, TOKENIZER, Server, chunks_of, encode, running, speaking
 from tests.api.test_generation import STREAM
-from tests.fakes import LIMITS, FakeRunner
+from tests.fakes import LIMITS, FakeRunner, scripted
 
 pytestmark = pytest.mark.api
 
@@ -122,6 +122,22 @@ def test_parts_of_a_character_are_told_as_bytes() -> None:
     assert choice["logprobs"]["tokens"] == [*map(token_text, parts), "b"]
     assert choice["logprobs"]["tokens"][0] == "bytes:" + "".join(f"\\x{b:02x}" for b in parts[0])
     assert choice["logprobs"]["text_offset"] == [0] * len(parts) + [1]
+
+
+def test_a_token_behind_half_a_character_begins_behind_it() -> None:
+    half, word = 171, encode(" Frederick")
+    line = [0, half, *word, half]
+    with running(FakeRunner(next_token=scripted(TOKENIZER.eos_token_id, line))) as server:
+        [echo] = server.post(prompt=line, max_tokens=0, echo=True, logprobs=0).json()["choices"]
+        [whole] = server.post(prompt=[0], max_tokens=3, logprobs=0).json()["choices"]
+        [cut] = server.post(prompt=[0], stop=" Fred", logprobs=0).json()["choices"]
+    assert (echo["text"], echo["logprobs"]["text_offset"]) == (
+        "!\ufffd Frederick\ufffd", [0, 1, 2, 12]
+    )  # fmt: skip
+    assert (whole["text"], whole["logprobs"]["text_offset"]) == (
+        "\ufffd Frederick\ufffd", [0, 1, 11]
+    )  # fmt: skip
+    assert (cut["text"], cut["logprobs"]["text_offset"]) == ("\ufffd", [0])
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,15 @@ RIGHT: list[tuple[str, dict[str, Any]]] = [
 ]
 WRONG: list[tuple[str, dict[str, Any], int]] = [
     ("/v1/completions", {**COMPLETION, "prompt": 5}, 400),
+    ("/v1/completions", {**COMPLETION, "prompt": ""}, 400),
+    ("/v1/completions", {**COMPLETION, "prompt": [[1], []]}, 400),
+    ("/v1/completions", {**COMPLETION, "prompt": [-1]}, 400),
+    ("/v1/completions", {**COMPLETION, "stop": ""}, 400),
+    ("/v1/completions", {**COMPLETION, "stop": ["a"] * 17}, 400),
+    ("/v1/completions", {**COMPLETION, "stop_token_ids": [-1]}, 400),
+    ("/v1/completions", {**COMPLETION, "logit_bias": {"a": 1}}, 400),
+    ("/v1/completions", {**COMPLETION, "logit_bias": {"1": 101}}, 400),
+    ("/v1/completions", {**COMPLETION, "choice": [""]}, 400),
     ("/v1/completions", {**COMPLETION, "tempreature": 0}, 400),
     ("/v1/completions", {**COMPLETION, "suffix": "a"}, 400),
     ("/v1/completions", {**COMPLETION, "logprobs": 21}, 400),

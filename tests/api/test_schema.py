@@ -215,7 +215,7 @@ def test_best_of_is_at_least_n_and_waits_for_the_end(
     [
         ({"prompt": ["a"] * 129}, "prompt"),
         ({"prompt": ["a"] * 65, "n": 2}, "n"),
-        ({"prompt": ["a"] * 2, "best_of": 65}, "n"),
+        ({"prompt": ["a"] * 2, "best_of": 65}, "best_of"),
     ],
 )
 def test_too_many_sequences(server: Server, fields: dict[str, Any], param: str) -> None:

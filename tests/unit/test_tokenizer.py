@@ -360,3 +360,27 @@ def test_a_thousand_random_id_sequences() -> None:
         ids = [rng.randrange(GPT2.vocab_size) for _ in range(rng.randrange(64))]
         detokenizer = GPT2.detokenizer(skip_special=False)
         assert "".join(map(detokenizer.push, ids)) + detokenizer.finish() == GPT2.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("before", "token", "number"),
+    [
+        (b"", b"a", 0),
+        (b"\xe2\x82", b"\xac", 0),  # goes on
+        (b"\xf0\x9f", b"\x98", 0),
+        (b"\xe2\x82", b"a", 1),
+        (b"\xe2\x82", b"\xe2", 1),  # begins another one
+        (b"\xe2\x82", b"\xff", 1),  # is one of its own
+        (b"\xf0\x9f\x98", b"the", 1),
+    ],
+)
+def test_where_a_token_begins_in_what_it_makes_certain(
+    before: bytes, token: bytes, number: int
+) -> None:
+    id_of = {GPT2.token_bytes(i): i for i in range(GPT2.vocab_size)}
+    detokenizer = GPT2.detokenizer()
+    for byte in before:
+        detokenizer.push(id_of[bytes([byte])])
+    assert detokenizer.num_before(id_of[token]) == number
+    assert detokenizer.push(id_of[token]).startswith("\ufffd" * number)
+    assert detokenizer.num_before(GPT2.eos_token_id) == 0
