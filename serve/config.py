@@ -230,9 +230,12 @@ def _section(section: str, given: dict[str, Any], sources: dict[str, str]) -> An
         checked = _checker(section)(**given)
     except ValidationError as invalid:
         first = invalid.errors()[0]
-        key = f"{section}.{first['loc'][0]}"
+        name, *inside = first["loc"]
+        key = f"{section}.{name}"
         shown = "(hidden)" if key in SECRETS else first["input"]
-        raise ConfigError(sources[key], key, shown, _expected(section, first)) from None
+        is_entry = inside and isinstance(given[str(name)], dict)
+        where = f"{key}.{inside[0]}" if is_entry else key
+        raise ConfigError(sources[key], where, shown, _expected(section, first)) from None
     kind = SECTIONS[section]
     return checked if isinstance(checked, kind) else kind(**checked.model_dump())
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import signal
+import socket
 import subprocess
 import threading
 from importlib.resources import files
@@ -154,3 +155,41 @@ def test_sigterm_lets_running_requests_end(start_server: StartServer) -> None:
     assert process.wait() == 0
     assert BEGINNING + "".join(texts) == ADDRESS
     assert process.output[-1] == "stopped\n"
+
+
+def test_a_second_signal_ends_at_once(start_server: StartServer) -> None:
+    """Profile baseline, whose 900 tokens would take minutes of the drain."""
+    slow = ("--model", "synthetic:distilgpt2", "--profile", "baseline")
+    process = start_server(*slow, "--set", "server.drain_seconds=600")
+    body = {"model": "synthetic-distilgpt2", "prompt": "a", "max_tokens": 900, "ignore_eos": True}
+    events: list[str] = []
+    begun = threading.Event()
+
+    def generate() -> None:
+        with (
+            httpx.Client(base_url=process.url, timeout=PATIENCE, trust_env=False) as client,
+            client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer,
+        ):
+            for line in answer.iter_lines():
+                events.append(line)
+                begun.set()
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    assert begun.wait(PATIENCE)
+    process.signal(signal.SIGTERM)
+    process.signal(signal.SIGTERM)
+    thread.join(PATIENCE)
+    assert process.wait() in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert "data: [DONE]" not in events
+
+
+def test_a_json_log_has_nothing_but_objects(start_server: StartServer) -> None:
+    with start_server("--set", "server.log_format=json") as process:
+        host, port = process.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), PATIENCE) as connection:
+            connection.sendall(b"nonsense\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+        process.wait_for("Invalid HTTP request")
+    logged = [line for line in process.output if "INFO" in line or "WARNING" in line]
+    assert {json.loads(line)["logger"] for line in logged} >= {"uvicorn.error"}

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from serve.api.limits import Limits
+from serve import cli
 from serve.config import SECTIONS, Settings, load_settings
 from serve.engine import EngineConfig
 from serve.errors import ConfigError
@@ -153,6 +154,15 @@ def test_serve_toml_of_the_current_folder_is_read() -> None:
     write("[server]\nport = 9\n", "serve.toml")
     assert load().server.port == 9
     assert load("[server]\nport = 8\n").server.port == 8  # a named file stands in its place
+
+
+def test_a_serve_toml_that_was_read_has_to_stay(folder: Path) -> None:
+    parsed = cli.parser(is_run=True).parse_args(["run"])
+    write("[server]\nport = 9\n", "serve.toml")
+    assert cli.settings_from(parsed).server.port == 9
+    (folder / "serve.toml").unlink()
+    with pytest.raises(ConfigError, match=r"serve\.toml"):
+        cli.settings_from(parsed)
 
 
 def test_no_serve_toml_is_no_error(folder: Path) -> None:
@@ -589,6 +599,8 @@ def test_tables_as_text() -> None:
     assert load(environment={"DLIGHT_TRAFFIC_WEIGHTS": ""}).traffic.weights == {}
     for text in ("full", "full=", "full=much", "full=-1"):
         assert refused(flags={"traffic.weights": text}).key == "traffic.weights"
+    error = refused("[traffic]\nweights = { stock = 1, full = -1 }\n")
+    assert (error.key, error.value) == ("traffic.weights.full", -1)
 
 
 # -- limits
