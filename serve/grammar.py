@@ -18,6 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from serve.engine import Row
 from serve.errors import RequestError
+from serve.grammar_rules import check_regex, make_sound
 from serve.tokenizer import Tokenizer
 
 # What a client can make us compile. Deep schemas would overflow llguidance's stack, and
@@ -36,6 +37,13 @@ _LIMITS = LLParserLimits(  # a compilation takes at most tenths of a second, a m
     max_grammar_size=100_000,
     verbose_errors=False,
 )
+
+
+_WORDS = {  # how llguidance's messages begin -> what a client can make of them
+    "NoExtension": "no text can match it",
+    "lexer error: too many expressions constructed": "it grows too large",
+    "oneOf constraints are not supported": "oneOf, of which more than one may match at a time",
+}
 
 
 class Grammars:
@@ -60,12 +68,14 @@ class Grammars:
     def json_schema(self, schema: dict[str, Any], param: str = "response_format") -> str:
         """A JSON value that the schema allows, whole when it ends; no other text around it."""
         given = {key: value for key, value in schema.items() if key != "x-guidance"}
-        _check_schema(given, param)
-        return self._checked(_from_schema(given), param)
+        own = _checked_copy(given, param)
+        make_sound(own, param)
+        return self._checked(_from_schema(own), param)
 
     def regex(self, pattern: str, param: str = "guided_regex") -> str:
         """A text that matches from its beginning to its end, in the syntax of Rust's regex."""
         _check_size(pattern, MAX_REGEX_BYTES, "The regular expression", param)
+        check_regex(pattern, param)
         return self._checked(LLMatcher.grammar_from_regex(pattern), param)
 
     def choice(self, choices: Sequence[str], param: str = "guided_choice") -> str:
@@ -78,22 +88,28 @@ class Grammars:
 
     def constrain(self, text: str) -> GrammarConstraint:
         """A constraint at the beginning of what one of the methods above has returned."""
-        return GrammarConstraint(self._matcher(text, "grammar"), self._eos_token_id)
+        return GrammarConstraint(self._matcher(text), text.partition(" ")[0], self._eos_token_id)
 
-    def _checked(self, text: str, param: str) -> str:
-        self._matcher(text, param)
+    def _checked(self, grammar: str, param: str) -> str:
+        """The text is llguidance's behind the field whose it is, for errors that come later."""
+        text = f"{param} {grammar}"
+        self._matcher(text)
         return text
 
-    def _matcher(self, text: str, param: str) -> LLMatcher:
+    def _matcher(self, text: str) -> LLMatcher:
         """A fresh copy of the compiled grammar."""
+        param, _, grammar = text.partition(" ")
         with self._lock:
             if text in self._kept:
                 self._kept.move_to_end(text)
                 return self._kept[text].deep_copy()
-        compiled = LLMatcher(self._tokenizer, text, limits=_LIMITS, log_level=0)
+        compiled = LLMatcher(self._tokenizer, grammar, limits=_LIMITS, log_level=0)
         compiled.compute_bitmask()  # finds what takes too long, and what nothing can match
-        if compiled.is_error():
-            raise RequestError(_why(compiled.get_error()), param)
+        probe = compiled.deep_copy()  # goes to where there is first a choice
+        probe.consume_tokens(probe.compute_ff_tokens())
+        probe.compute_bitmask()
+        if probe.is_error():
+            raise RequestError(_why(probe, "cannot be used"), param)
         with self._lock:
             self._kept[text] = compiled
             if len(self._kept) > self._max_kept:
@@ -107,8 +123,8 @@ class GrammarConstraint:
     The methods raise RequestError where the grammar grows beyond its limits.
     """
 
-    def __init__(self, matcher: LLMatcher, eos_token_id: int) -> None:
-        self._matcher, self._eos_token_id = matcher, eos_token_id
+    def __init__(self, matcher: LLMatcher, param: str, eos_token_id: int) -> None:
+        self._matcher, self._param, self._eos_token_id = matcher, param, eos_token_id
         self.is_over = False
 
     def mask(self, row: Row) -> None:
@@ -130,8 +146,8 @@ class GrammarConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            found = self._matcher.get_error().strip()
-            raise RequestError(f"The grammar cannot be followed any further: {found}", "grammar")
+            why = _why(self._matcher, "cannot be followed any further")
+            raise RequestError(why, self._param)
 
 
 class _Vocabulary:
@@ -144,9 +160,18 @@ class _Vocabulary:
         self.eos_token_id = tokenizer.eos_token_id
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         self.special_token_ids = sorted(tokenizer.special_ids | {tokenizer.eos_token_id})
+        self._byte_ids = {token[0]: i for i, token in enumerate(self.tokens) if len(token) == 1}
+        self._spelled = {i: self._spell(self.tokens[i]) for i in self.special_token_ids}
 
     def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode("utf-8", "replace"))
+        """The tokens of just these bytes, where a special token's text is text like any other."""
+        token_ids = self._tokenizer.encode(text.decode("utf-8", "replace"))
+        if self._tokenizer.decode_bytes(token_ids) != text:  # with a space in front, perhaps
+            return self._spell(text)
+        return [part for i in token_ids for part in self._spelled.get(i, (i,))]
+
+    def _spell(self, text: bytes) -> list[int]:
+        return [self._byte_ids[byte] for byte in text]
 
 
 def _from_schema(schema: dict[str, Any]) -> str:
@@ -158,17 +183,20 @@ def _from_schema(schema: dict[str, Any]) -> str:
             "whitespace_pattern": r"[ \t\r\n]{0,16}",  # else a small model may never leave it
             "lenient": False,
             "coerce_one_of": False,
+            "json_allowed_escapes": 'nrbtf\\"',  # no \\u: a key written in two ways would be two
         },
     )
 
 
-def _why(error: str) -> str:
-    """llguidance's message; of one about a pattern the point, without the grammar around it."""
+def _why(matcher: LLMatcher, fails: str) -> str:
+    """llguidance's message in a client's words; of one about a pattern the point."""
+    error = matcher.get_error().replace("<non-verbose/>", "").strip()
     _, is_about_pattern, found = error.partition("regex parse error:")
     reason = re.search(r"^error: (.*)$", found, re.MULTILINE)
     if is_about_pattern and reason is not None:
-        return f"The regular expression cannot be used: {reason[1]}"
-    return f"The grammar cannot be used: {error.strip()[:300]}"
+        return f"The regular expression {fails}: {reason[1]}"
+    known = (ours for theirs, ours in _WORDS.items() if error.startswith(theirs))
+    return f"The grammar {fails}: {next(known, error[:300])}"
 
 
 def _escaped(text: str) -> str:
@@ -176,9 +204,11 @@ def _escaped(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
-def _check_schema(schema: dict[str, Any], param: str) -> None:
+def _checked_copy(schema: dict[str, Any], param: str) -> dict[str, Any]:
+    """What does not take too long, as far as can be seen beforehand."""
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        copy: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The JSON schema is not JSON: {error}", param) from None
     _check_size(text, MAX_TEXT_BYTES, "The JSON schema", param)
@@ -193,6 +223,7 @@ def _check_schema(schema: dict[str, Any], param: str) -> None:
         raise RequestError(
             f"The JSON schema combines subschemas and has more than {MAX_PATTERNS} patterns", param
         )
+    return copy
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:

@@ -29,7 +29,10 @@ LAW: dict[str, set[str]] = {
     "serve.errors": set(),
     "serve.stops": set(),
     "serve.tokenizer": {"tokenizers"},
-    "serve.grammar": {f"serve.engine{PUBLIC}", "serve.tokenizer", "llguidance"},
+    "serve.grammar": {
+        f"serve.engine{PUBLIC}", "serve.tokenizer", "serve.grammar_rules", "llguidance",
+    },
+    "serve.grammar_rules": set(),
     "serve.chat_template": {"jinja2"},
     "serve.engine": set(),
     "serve.model": {"safetensors", "huggingface_hub", "ml_dtypes"},
@@ -42,7 +45,7 @@ LAW: dict[str, set[str]] = {
         "serve.engine", "serve.compiler.library", "serve.backends", "serve.model.config", "tvm",
     },
     "serve.logs": set(),
-    "serve.protocol": {"serve.api.errors", "uvicorn"},
+    "serve.protocol": {"serve.api.errors", "uvicorn", "httptools"},
     "serve.metrics": {f"serve.engine{PUBLIC}", "serve.engine.stats", "prometheus_client"},
     "serve.api": {
         f"serve.engine{PUBLIC}", "serve.tokenizer", "serve.stops", "serve.grammar",

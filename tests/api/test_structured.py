@@ -71,6 +71,19 @@ def test_a_choice(server: Server) -> None:
         assert text in ("yes", "no, never", "vielleicht: é😀")
 
 
+def test_a_special_tokens_text(server: Server) -> None:
+    for text in texts(server, choice=["a<|endoftext|>b"]):
+        assert text == "a<|endoftext|>b"
+
+
+def test_a_grammar_that_grows_too_large(server: Server) -> None:
+    answer = server.post(regex="a?b(={1,300}){1,300}", logit_bias={"65": 100}, max_tokens=9)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"] == "The grammar cannot be followed any further: it grows too large"
+    assert error["param"] == "regex"
+
+
 def test_plain_text_is_plain(server: Server) -> None:
     answer = server.post(max_tokens=1, response_format={"type": "text"}).json()
     assert answer["choices"][0]["text"] == " score"
@@ -101,6 +114,8 @@ def test_with_everything_else(server: Server) -> None:
         ({"choice": ["a"], "response_format": FORMAT}, "choice"),
         ({"regex": "["}, "regex"),
         ({"regex": "a" * 10_000}, "regex"),
+        ({"regex": "a{1000000}"}, "regex"),
+        ({"regex": "a\\"}, "regex"),
         ({"choice": [""]}, "choice"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),

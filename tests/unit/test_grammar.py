@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
 
 from serve.engine import Row, SamplingParams
 from serve.engine.generate import generate
@@ -182,6 +183,142 @@ def test_a_model_with_fewer_tokens_than_the_tokenizer() -> None:
         assert found >= {TOKENIZER.encode(c)[0] for c in "abc"}
 
 
+def test_a_special_tokens_text_is_text() -> None:
+    end = TOKENIZER.decode([EOS])
+    texts = {
+        end: grammars().choice([end]),
+        f"a{end}b{end}": grammars().choice([f"a{end}b{end}"]),
+        f"ab{end}": grammars().regex(r"ab<\|endoftext\|>"),
+        f'"{end}"': grammars().json_schema({"enum": [end]}),
+    }
+    for expected, text in texts.items():
+        assert by_chance(text, 0, closers) == expected
+
+
+def test_a_tokenizer_that_puts_a_space_in_front() -> None:
+    tokenizer = Tokenizer.bundled()
+    tokenizer._backend.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    spaced = Grammars(tokenizer)
+    constraint = spaced.constrain(spaced.json_schema({"enum": ["yes"]}))
+    answer = b""
+    while EOS not in (may_come := allowed(constraint)):
+        constraint.accept(min(may_come))
+        answer += TOKENIZER.token_bytes(min(may_come))
+    assert answer == b'"yes"'
+
+
+# -- what llguidance by itself gets wrong
+
+TINY, HUGE = -(2**63), 2**63 - 1
+
+
+def fits(text: str, answer: str) -> bool:
+    """Like `matches`, but in whatever tokens."""
+    constraint = grammars().constrain(text)
+    for token_id in TOKENIZER.encode(answer):
+        if not constraint.allowed([token_id]):
+            return False
+        constraint.accept(token_id)
+    return EOS in allowed(constraint)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside"),
+    [
+        ({"exclusiveMinimum": 0}, "0.1 1 2.5 1000", "0 0.0 -1"),
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, "0.1 0.5 0.0001", "0 0.0 0.51"),
+        ({"exclusiveMinimum": 0, "exclusiveMaximum": 0.001}, "0.0001 0.0005", "0 0.001"),
+        ({"exclusiveMinimum": 1, "maximum": 1.5}, "1.1 1.5", "1 1.0"),
+        ({"minimum": -0.5, "exclusiveMaximum": 0}, "-0.5 -0.1", "0 -0 -0.0"),
+        ({"minimum": -1.5, "exclusiveMaximum": -1}, "-1.5 -1.1", "-1 -1.0"),
+        ({"minimum": 0, "exclusiveMinimum": True, "maximum": 0.5}, "0.1", "0"),
+        ({"minimum": 0, "exclusiveMinimum": False, "maximum": 0.5}, "0 0.1", "-1"),
+        ({"minimum": 3, "exclusiveMinimum": 2, "maximum": 4}, "3 4", "2.5"),
+        ({"minimum": 0.1, "maximum": 0.3}, "0.1 0.3 0.2", "0.09 0.31"),
+        ({"minimum": 0, "maximum": 1e300}, "0 7.5", "-1"),
+        ({"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 3}, "1 2", "0 3"),
+        ({"type": "integer", "minimum": TINY, "maximum": HUGE}, "-5 0 12345678901234567", "1.5"),
+        ({"type": "integer", "maximum": 2**53 + 1}, "9007199254740990", "9007199254740994"),
+    ],
+    ids=str,
+)
+def test_bounds(bounds: dict[str, Any], inside: str, outside: str) -> None:
+    text = grammars().json_schema({"type": "number"} | bounds)
+    assert [number for number in inside.split() if not fits(text, number)] == []
+    assert [number for number in outside.split() if fits(text, number)] == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "inside", "outside"),
+    [
+        (r"^[\x00-\x1f]$", "\n\t", '"\\a'),
+        (r"^(\x00|[\x01-\x1f])$", "\n", '"\\'),
+        ("^\0|[\x01-\x1f]$", "\n", '"\\'),
+        (r"^\p{Cc}$", "\n", '"\\a'),
+        (r'^[^"]$', "\n\\aé", '"'),
+        (r"^[^\\]$", '\n"aé', "\\"),
+        (r'^[^"\\\n]$', "\taé", '"\\\n'),
+        (r"^\s$", " \t\n\f\u00a0\u2028\ufeff", "\x85a"),
+        (r"^[^\s,]$", "a\x85", " ,\n\u00a0"),
+        (r"^\S$", "a\x85", " \n\ufeff"),
+        (r"^\w$", "a_9", "é-"),
+        (r"^[\w.-]$", "a_9.-", "é,"),
+        (r"^\W$", 'é-"', "a"),
+        (r"^\d$", "9", "٣a"),
+        (r"^.$", 'aé"\\\t', "\n\r\u2028"),
+        (r"^a|b$", "ab", "c"),
+        (r"^(a|\x07?|\x7f|\v\a|\x01b)$", "a", "b\x07\x7f"),
+        ("^(a|\x07|\x1f\x7fb)$", "a", "b\x07"),
+        (r"^/$", "/", "a"),
+    ],
+)
+def test_patterns(pattern: str, inside: str, outside: str) -> None:
+    text = grammars().json_schema({"type": "string", "pattern": pattern})
+    assert [c for c in inside if not fits(text, json.dumps(c, ensure_ascii=False))] == []
+    assert [c for c in outside if fits(text, json.dumps(c, ensure_ascii=False))] == []
+
+
+def test_a_key_is_written_in_one_way_only() -> None:
+    others = {"type": "string"}
+    schema = {"properties": {"a": {"type": "integer"}}, "additionalProperties": others}
+    text = grammars().json_schema({"type": "object", **schema})
+    assert fits(text, '{"a":1,"b":"x"}')
+    assert not fits(text, '{"a":"x"}')
+    assert not fits(text, r'{"\u0061":"x"}')
+
+
+def test_so_many_properties_are_really_as_many() -> None:
+    schema = {"type": "object", "required": ["a", "b"], "additionalProperties": {"enum": [1]}}
+    text = grammars().json_schema(schema | {"minProperties": 3})
+    assert fits(text, '{"a":1,"b":1,"c":1}')
+    assert not fits(text, '{"a":1,"b":1}')
+    assert not fits(text, '{"a":1,"b":1,"a":1}')
+
+
+def test_data_that_looks_like_a_schema_stays_as_it_is() -> None:
+    data = {"exclusiveMinimum": 0, "pattern": "[^a]", "minProperties": 9}
+    for schema in ({"const": data}, {"enum": [data], "default": {"const": TINY}}):
+        before = json.dumps(schema)
+        assert fits(grammars().json_schema(schema), json.dumps(data))
+        assert json.dumps(schema) == before
+
+
+def test_properties_may_have_the_names_of_keywords() -> None:
+    number = {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}
+    for name in ("enum", "const", "properties", "minimum", "pattern", "$ref", "default"):
+        schema = {"type": "object", "properties": {name: number}, "required": [name]}
+        text = grammars().json_schema(schema)
+        assert fits(text, json.dumps({name: 0.25}))
+        assert not fits(text, json.dumps({name: 0}))
+
+
+def test_numbers_as_data() -> None:
+    numbers = ["0", "-1", "0.1", "123456789.5", "-0.00001", "9007199254740992"]
+    text = grammars().json_schema({"enum": [json.loads(number) for number in numbers]})
+    assert [number for number in numbers if not fits(text, number)] == []
+    assert not fits(text, "123456789.6")
+
+
 # -- state
 
 
@@ -253,6 +390,9 @@ CHAIN: dict[str, Any] = {"$ref": "#/$defs/0", "$defs": {"3000": {"type": "intege
 MANY_PATTERNS = {"allOf": [{"pattern": f".*{n}.*"} for n in range(15)]}
 
 
+ANY_OTHER = {"patternProperties": {"^[ab]$": {"type": "boolean"}}, "minProperties": 3}
+
+
 @pytest.mark.parametrize(
     ("schema", "why"),
     [
@@ -261,7 +401,31 @@ MANY_PATTERNS = {"allOf": [{"pattern": f".*{n}.*"} for n in range(15)]}
         ({"type": "string", "pattern": "(a"}, "regular expression cannot be used: unclosed group"),
         ({"$ref": "http://127.0.0.1/schema"}, "http"),
         ({"$ref": "#"}, "cannot be used"),
+        ({"$defs": {"n": {"$ref": "#/$defs/n"}}, "$ref": "#/$defs/n"}, "no text can match it$"),
+        (
+            {"oneOf": [{"type": "integer"}, {"type": "number"}]},
+            "more than one may match at a time$",
+        ),
         ({"enum": []}, "cannot be used"),
+        ({"enum": [[2**53 + 1]]}, "held to exactly: 9007199254740993;"),
+        ({"const": 0.30000000000000004}, "held to exactly"),
+        ({"enum": ["a", {"k": "\x7f"}]}, r"control character in '\\x7f'"),
+        ({"type": "object", "properties": {"\x01": {}}}, "control character"),
+        ({"const": TINY}, "held to exactly"),  # ends the process by itself
+        ({"minimum": 10**19}, "bound beyond"),
+        ({"$ref": "#/default", "default": {"const": TINY}}, "no schema: #/default"),
+        ({"$ref": "#/$defs", "$defs": {"const": TINY}}, r"no schema: #/\$defs"),
+        ({"$ref": "#/%65num/0", "enum": [{}]}, "no schema"),
+        (
+            {"minProperties": 2, "required": ["a", "a"], "type": "object"} | ANY_OTHER,
+            "minProperties",
+        ),
+        ({"type": "integer", "multipleOf": 1000}, "multipleOf is too large: 1000;"),
+        ({"allOf": [{"multipleOf": n} for n in range(353, 360)]}, "together too large"),
+        ({"pattern": "^[a[b]$"}, "need a backslash"),
+        ({"pattern": "^[a--b]$"}, "need a backslash"),
+        ({"pattern": "[]a]"}, "need a backslash"),
+        ({"patternProperties": {"a\\": {}}}, "begins no escape"),
         ({"type": "object", "x": math.nan}, "not JSON"),
         ({"const": "\ud800"}, "surrogate"),
         (DEEP, "recursion"),
@@ -296,6 +460,10 @@ def test_many_patterns_are_fine_where_nothing_combines_them() -> None:
         ("\ud800", "surrogate"),
         ("a" * (MAX_REGEX_BYTES + 1), "at most"),
         ("[ab]?" * 819, "cannot be used"),
+        ("a{1000000}", "^The grammar cannot be used: it grows too large$"),
+        ("\\", "backslash"),
+        ("a\\", "backslash"),
+        ("(?ix)a # b\nc", "flag x"),
     ],
     ids=lambda text: text[:20].encode("utf-8", "replace"),
 )
@@ -303,6 +471,25 @@ def test_regular_expressions(pattern: str, why: str) -> None:
     with pytest.raises(RequestError, match=why) as caught:
         grammars().regex(pattern, param="structured_outputs")
     assert caught.value.param == "structured_outputs"
+
+
+def test_what_is_no_break_out() -> None:
+    for pattern, answer in {
+        "/": "/", r"\/": "/", r"\\/": "\\/", "a\nb": "a\nb", "\\\n": "\n", '"': '"', r"\\": "\\",
+        "//i": "//i", "a/ | /b": "a/ ", "#a": "#a", r"\(?x\)": "(x)",
+    }.items():  # fmt: skip
+        assert fits(grammars().regex(pattern), answer), pattern
+    assert not fits(grammars().regex("a/i"), "A/i")
+
+
+def test_a_grammar_that_grows_too_large_later_names_the_field_it_came_in() -> None:
+    constraint = grammars().constrain(grammars().regex("a?b(={1,300}){1,300}", "regex"))
+    constraint.accept(*TOKENIZER.encode("b"))
+    with pytest.raises(
+        RequestError, match=r"be followed any further: it grows too large$"
+    ) as caught:
+        allowed(constraint)
+    assert caught.value.param == "regex"
 
 
 @pytest.mark.parametrize("choices", [[], ["a", ""], ["\ud800"], ["a" * MAX_TEXT_BYTES, "b"]])
