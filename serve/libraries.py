@@ -15,7 +15,7 @@ from serve.api.admin import State
 from serve.api.app import ServedModel, ServedModels
 from serve.config import Settings
 from serve.engine.remote import EngineProcess, HostProcess, RemoteEngine
-from serve.errors import ConflictError
+from serve.errors import ConflictError, EngineError
 from serve.grammar import Grammars
 from serve.metrics import EngineMetrics, Registry
 from serve.placement import LibraryFacts, LoadRequest, Placement, start_host
@@ -40,7 +40,7 @@ class ModelFacts:
     chat_template: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Library:
     """A placement that this server has to do with.
 
@@ -79,6 +79,7 @@ class Libraries:
         self._on_death, self._start_host = on_death, start
         self.served = ServedModels(sticky_header=settings.traffic.sticky_header)
         self._libraries: dict[Placement, Library] = {}
+        self._leaving: set[Library] = set()  # being unloaded; another may have the placement
         self._loop = asyncio.get_running_loop()
         self._restarting: asyncio.Task[None] | None = None
         self._is_ending = False
@@ -126,12 +127,14 @@ class Libraries:
         assert library.served is not None
         self.served.remove(library.served)
         library.state, library.phase = "unloading", "finishing what runs"
+        self._leaving.add(library)
         library.done = self._loop.create_task(self._unload(library))
 
     async def drain(self, seconds: float) -> None:
         """Take no more requests, give the running ones so long, and end the engines' process."""
         self._is_ending = True
-        engines = [library.engine for library in self if library.engine is not None]
+        libraries = self._leaving.union(self)
+        engines = [library.engine for library in libraries if library.engine is not None]
         await asyncio.gather(*(engine.drain(seconds) for engine in engines))
         await asyncio.to_thread(self._process.stop)
 
@@ -166,6 +169,8 @@ class Libraries:
 
         request = LoadRequest(self._settings, placement)
         try:
+            if self._is_ending:
+                raise EngineError("The server is shutting down", "draining")
             future = self._process.load(str(placement), request, on_progress, observer)
             library.engine = await asyncio.wrap_future(future)
             self._serve(library, library.engine)
@@ -225,6 +230,7 @@ class Libraries:
         if library.metrics is not None:
             library.metrics.close()
         library.state, library.phase = "unloaded", None
+        self._leaving.discard(library)
         if self._libraries.get(library.placement) is library:
             del self._libraries[library.placement]
 

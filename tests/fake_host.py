@@ -18,7 +18,10 @@ from tests.fakes import FakeRunner
 
 
 class Stubborn(FakeRunner):
-    """Whose step never ends where its one sequence begins with token 13; 14 ends the process."""
+    """Whose step never ends where its one sequence begins with token 13; 14 ends the process.
+
+    15 makes each of its steps take long, so that it is there for minutes.
+    """
 
     def _step(self, what: str, seq_ids: Any) -> None:
         first = {self.tokens[s][0] for s in seq_ids if self.tokens[s]}
@@ -26,6 +29,8 @@ class Stubborn(FakeRunner):
             time.sleep(3600)
         if 14 in first:
             os.abort()
+        if 15 in first:
+            time.sleep(1)
         super()._step(what, seq_ids)
 
 
@@ -34,6 +39,8 @@ def prepare(request: Any, report: Callable[[str], None]) -> Prepared:
     if isinstance(request, LoadRequest):
         return load(request, report)
     report("preparing")
+    if request == "stall":
+        time.sleep(3600)
     if request == "fail":
         raise LoadError("there is no such thing")
     if request == "break":

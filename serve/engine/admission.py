@@ -35,6 +35,7 @@ class Admission:
         self._limits, self._gauges = limits, gauges
         self._max_unfinished, self._max_waiting_tokens = max_unfinished, max_waiting_tokens
         self._num_entered_tokens = 0  # of prompts, in all
+        self._num_entered_completion_tokens = 0  # to be generated from them, at most
         self._windows = {"prefill": ThroughputWindow(), "decode": ThroughputWindow()}
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
@@ -54,11 +55,12 @@ class Admission:
         if len(prompt_ids) + params.max_tokens > self._limits.max_context:
             raise ContextLengthError(len(prompt_ids), params.max_tokens, self._limits.max_context)
 
-    def enter(self, num_prompt_tokens: int) -> None:
+    def enter(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Count one more sequence. Raises as check_room."""
         self.check_room(1, num_prompt_tokens)
         self.num_unfinished += 1
         self._num_entered_tokens += num_prompt_tokens
+        self._num_entered_completion_tokens += max_tokens
 
     def check_room(self, num_sequences: int, num_prompt_tokens: int) -> None:
         """Whether a request's sequences may all come in, with so many prompt tokens in all.
@@ -78,7 +80,8 @@ class Admission:
             raise EngineError("The server is shutting down and takes no more requests", "draining")
         if self.num_unfinished + num_sequences > self._max_unfinished:
             raise OverloadedError(
-                f"{self.num_unfinished} sequences are queued or running; try again later",
+                f"{self.num_unfinished} sequences are queued or running; with this request's "
+                f"{num_sequences} it would be over {self._max_unfinished}; try again later",
                 self._seconds_to_wait(),
                 "queue_full",
             )
@@ -117,13 +120,24 @@ class Admission:
     def _seconds_to_wait(self) -> float:
         """Until the queue of this moment is worked off, at the throughput of the last seconds.
 
-        Counts what the queued may generate at most; 1 while nothing has been measured.
+        So until its last sequence begins; if nobody waits, until those end that run. All are taken
+        to generate as much as they may. 1 while nothing has been measured.
         """
-        gauges = self._gauges()
-        work = {
-            "prefill": self.num_waiting_tokens,
-            "decode": gauges.num_waiting_completion_tokens,
-        }
+        work = {"prefill": self.num_waiting_tokens, "decode": self._num_decoded_before()}
         rates = {phase: window.tokens_per_second() for phase, window in self._windows.items()}
         seconds = sum(work[phase] / rate for phase, rate in rates.items() if rate)
         return min(max(1.0, seconds), _LONGEST_RETRY)
+
+    def _num_decoded_before(self) -> float:
+        """Tokens to decode before the last of the queue begins.
+
+        It then has all of its own to come; those beside it, on the average, half of theirs.
+        """
+        gauges = self._gauges()
+        unseen = self._num_entered_completion_tokens - gauges.num_entered_completion_tokens
+        num_waiting = max(0, self.num_unfinished - gauges.num_running)
+        waiting = gauges.num_waiting_completion_tokens + max(0, unseen)
+        waiting = max(0, waiting - num_waiting)  # the first token of each comes with its prompt
+        side_by_side = max(1, min(gauges.num_running, num_waiting))
+        tail = waiting / max(1, num_waiting) * (1 + (side_by_side - 1) / 2)
+        return gauges.num_running_completion_tokens + waiting - tail

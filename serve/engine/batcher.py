@@ -10,7 +10,6 @@ computed again.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from serve.engine.prefix_cache import PrefixCache
 from serve.engine.runner import ModelRunner
 from serve.engine.sequence import Phase, Sequence
 from serve.engine.stats import EngineObserver, PhaseName
+from serve.engine.waiting import WaitingQueue
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Batcher:
         self._mixes = limits.batch_invariant and limits.max_step_tokens >= limits.max_batch
         self.budget = KVBudget(limits.num_pages, limits.page_size)
         self._prefixes = PrefixCache(config.max_kept_prefixes, limits.page_size)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # in order of admission
         self._last_phase: PhaseName = "decode"
         self._speculative_tokens = config.speculative_tokens if limits.batch_invariant else 0
@@ -163,7 +163,7 @@ class Batcher:
         has computed.
         """
         while self.waiting and self._has_room_for_one():
-            sequence = self.waiting[0]
+            sequence = self.waiting.head
             parent, shared = self._find_prefix(sequence)
             missing = self._missing_pages(sequence, shared)
             if missing > self._num_evictable(parent, shared):
@@ -171,7 +171,7 @@ class Batcher:
             if missing > 0:
                 self._release_evicted()
                 continue  # the prefix may be what was evicted: look again
-            self.waiting.popleft()
+            self.waiting.pop()
             self._open(sequence, parent, shared)
             self._admitted(sequence, shared, now)
 
@@ -247,7 +247,7 @@ class Batcher:
 
     def _guess(self, sequence: Sequence, at_most: int) -> list[int]:
         """Of those that may be generated; a token comes after the last of them."""
-        at_most = min(at_most, sequence.params.max_tokens - sequence.num_generated - 1)
+        at_most = min(at_most, sequence.num_to_come - 1)
         if sequence.drafter is None or at_most <= 0:
             return []
         draft = sequence.drafter.guess(sequence.token_ids, at_most)
@@ -286,11 +286,11 @@ class Batcher:
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence.seq_id)
         sequence.phase, sequence.num_computed = Phase.WAITING, 0
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
         self._observer.on_preemption()
 
     def abandon(self) -> None:
         """Forget all sequences and leave the runner as it is."""
-        self.waiting.clear()
+        self.waiting = WaitingQueue()
         self.running.clear()
         self.budget = KVBudget(self.budget.num_pages, self.budget.page_size)

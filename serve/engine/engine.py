@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -53,8 +54,8 @@ class EngineConfig:
     """
 
     max_running: int = 32
-    max_waiting: int = 1024
-    max_waiting_tokens: int = 262_144
+    max_waiting: int = 2048
+    max_waiting_tokens: int = 1_048_576
     prefill_chunk_tokens: int = 256
     prefix_sharing: bool = True
     max_kept_prefixes: int = field(default=32, metadata={"at_least": 0})
@@ -111,7 +112,8 @@ class Engine:
         self._constrain: Constrain = constrain or _refuse
         self._step_began: float | None = None
         self._ids = itertools.count()
-        self._num_entered_tokens = 0
+        self._num_entered_tokens = self._num_entered_completion_tokens = 0
+        self._deadline = math.inf  # of a drain; under the admission's lock
         self._gauges = self._measure()
         self._admission = Admission(
             runner.limits,
@@ -178,7 +180,7 @@ class Engine:
         constraint = None if params.grammar is None else self._constrain(params.grammar)
         sequence = Sequence(next(self._ids), tuple(prompt_ids), params, share_key, constraint)
         with self._admission.lock:
-            self._admission.enter(len(prompt_ids))
+            self._admission.enter(len(prompt_ids), params.max_tokens)
             self._inbox.put(_Submission(sequence, address))
 
     def check_room(self, num_sequences: int, num_prompt_tokens: int) -> None:
@@ -192,11 +194,22 @@ class Engine:
         """End its sequence within one step, if it has not ended; safe from any thread."""
         self._inbox.put(_Ending(address, reason, num_generated))
 
-    async def drain(self, seconds: float) -> None:
-        """Take no more sequences, give the unfinished so long, cancel the rest, stop."""
+    def hasten(self, seconds: float) -> None:
+        """Take no more sequences; a drain gives the unfinished so long at most, from now on."""
         self._admission.close()
         deadline = time.monotonic() + seconds
-        while self._admission.num_unfinished and self.is_alive and time.monotonic() < deadline:
+        with self._admission.lock:
+            self._deadline = min(self._deadline, deadline)
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more sequences, give the unfinished so long, cancel the rest, stop.
+
+        Of several, the one that is to end first counts.
+        """
+        self.hasten(seconds)
+        while (
+            self._admission.num_unfinished and self.is_alive and time.monotonic() < self._deadline
+        ):
             await asyncio.sleep(0.01)
         self._inbox.put(_Shutdown())
         if self._thread.ident is None:  # never started: somebody may have submitted all the same
@@ -235,13 +248,17 @@ class Engine:
 
     def _handle(self, item: _Submission | _Ending) -> None:
         if isinstance(item, _Submission):
-            self._live[item.sequence] = item.address
-            self._num_entered_tokens += item.sequence.num_prompt_tokens
-            self._by_address[item.address] = item.sequence
+            self._enter(item)
             self._batcher.submit(item.sequence)
         elif item.address in self._by_address:
             sequence = self._by_address[item.address]
             self._finish(sequence, item.reason, num_generated=item.num_generated)
+
+    def _enter(self, submission: _Submission) -> None:
+        sequence, address = submission.sequence, submission.address
+        self._live[sequence], self._by_address[address] = address, sequence
+        self._num_entered_tokens += sequence.num_prompt_tokens
+        self._num_entered_completion_tokens += sequence.params.max_tokens
 
     def _step(self) -> None:
         batch = self._batcher.next_batch(time.perf_counter())
@@ -377,8 +394,7 @@ class Engine:
         while not self._inbox.empty():
             item = self._inbox.get()
             if isinstance(item, _Submission):
-                self._live[item.sequence] = item.address
-                self._num_entered_tokens += item.sequence.num_prompt_tokens
+                self._enter(item)
         self._batcher.abandon()
         error = EngineError("The engine has failed", "engine_dead")
         for sequence in list(self._live):
@@ -392,17 +408,17 @@ class Engine:
         self._outbox.flush()
 
     def _measure(self) -> Gauges:
-        waiting, budget = self._batcher.waiting, self._batcher.budget
+        batcher = self._batcher
         return Gauges(
-            num_running=len(self._batcher.running),
-            num_waiting=len(waiting),
-            num_waiting_tokens=sum(s.num_pending for s in waiting),
-            num_pages_used=budget.num_used,
-            num_pages_total=budget.num_pages,
-            num_waiting_completion_tokens=sum(
-                s.max_length - s.num_generated - s.num_prompt_tokens for s in waiting
-            ),
+            num_running=len(batcher.running),
+            num_waiting=len(batcher.waiting),
+            num_waiting_tokens=batcher.waiting.num_tokens,
+            num_pages_used=batcher.budget.num_used,
+            num_pages_total=batcher.budget.num_pages,
+            num_waiting_completion_tokens=batcher.waiting.num_completion_tokens,
+            num_running_completion_tokens=sum(s.num_to_come for s in batcher.running),
             num_entered_tokens=self._num_entered_tokens,
+            num_entered_completion_tokens=self._num_entered_completion_tokens,
         )
 
 

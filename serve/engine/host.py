@@ -73,7 +73,9 @@ class _Host:
 
     def _handle(self, message: object) -> None:
         match message:
-            case messages.Submit() | messages.End() if message.key not in self._engines:
+            case messages.Submit() | messages.End() | messages.Hasten() if (
+                message.key not in self._engines
+            ):
                 log.debug("%s came after its engine's end", message)
             case messages.Submit():
                 self._engines[message.key].submit(message)
@@ -83,6 +85,8 @@ class _Host:
                 self._in_thread(self._load, message)
             case messages.Unload():
                 self._in_thread(self._unload, message)
+            case messages.Hasten():
+                self._engines[message.key].hasten(message.seconds)
 
     def _in_thread(self, function: Callable[[Any], None], message: object) -> None:
         threading.Thread(target=function, args=(message,), daemon=True).start()
@@ -153,6 +157,9 @@ class _Engine:
 
     def end(self, message: messages.End) -> None:
         self._engine.end(message.number, message.reason, message.num_generated)
+
+    def hasten(self, seconds: float) -> None:
+        self._engine.hasten(seconds)
 
     def stop(self, seconds: float) -> None:
         asyncio.run(self._engine.drain(seconds))

@@ -31,6 +31,14 @@ class Unload:
 
 
 @dataclass(frozen=True)
+class Hasten:
+    """Give the sequences of one that is being unloaded so many seconds, unless it has fewer."""
+
+    key: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Submit:
     key: str
     number: int

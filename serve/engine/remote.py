@@ -100,7 +100,7 @@ class EngineProcess:
         self, key: str, request: Any, on_progress: OnProgress, make_observer: MakeObserver
     ) -> Future[RemoteEngine]:
         """Have an engine made. The future raises LoadError, or EngineError if the process dies."""
-        future: Future[RemoteEngine] = Future()
+        future: Future[RemoteEngine] = _promise()
         with self._lock:
             if self._death is not None:
                 future.set_exception(EngineError(self._death))
@@ -112,17 +112,22 @@ class EngineProcess:
         return future
 
     def unload(self, engine: RemoteEngine, seconds: float) -> Future[None]:
-        """End an engine, after so many seconds for its sequences; done when its memory is free."""
-        future: Future[None] = Future()
+        """End an engine, after so many seconds for its sequences; done when its memory is free.
+
+        math.inf: however long they take. Asked for again, it can only come sooner.
+        """
+        key = engine.key
         with self._lock:
-            if self._death is not None:
-                future.set_result(None)
-                return future
-            if engine.key in self._unloads:
-                return self._unloads[engine.key]
-            self._unloads[engine.key] = future
-        self.send(messages.Unload(engine.key, seconds))
-        return future
+            if self._death is not None or self._engines.get(key) is not engine:
+                done: Future[None] = _promise()
+                done.set_result(None)
+                return done
+            if key in self._unloads:
+                self.send(messages.Hasten(key, seconds))
+            else:
+                self._unloads[key] = _promise()
+                self.send(messages.Unload(key, seconds))
+            return self._unloads[key]
 
     def stop(self) -> None:
         """End the process, its engines drained or not."""
@@ -233,6 +238,13 @@ class EngineProcess:
             self._on_death(self._death)
 
 
+def _promise() -> Future[Any]:
+    """One that nobody can cancel: not a waiter who gives up for the others, and not for us."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 @dataclass(frozen=True)
 class _LoadUnderWay:
     future: Future[RemoteEngine]
@@ -289,7 +301,7 @@ class RemoteEngine:
         stream = Stream(asyncio.get_running_loop(), self._end)
         number = next(self._numbers)
         with self._admission.lock:
-            self._admission.enter(len(prompt_ids))
+            self._admission.enter(len(prompt_ids), params.max_tokens)
             self._streams[number], self._number_of[stream] = stream, number
             self._process.send(
                 messages.Submit(self.key, number, tuple(prompt_ids), params, share_key)

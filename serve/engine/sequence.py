@@ -165,8 +165,9 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
-    def max_length(self) -> int:
-        return len(self.prompt_ids) + self.params.max_tokens
+    def num_to_come(self) -> int:
+        """Tokens that may yet be generated."""
+        return self.params.max_tokens - self.num_generated
 
     def append(self, token_id: int) -> None:
         if self.constraint is not None:

@@ -33,8 +33,9 @@ class StepStats:
 class Gauges:
     """The engine's state after a step.
 
-    num_waiting_completion_tokens: what the queued may generate at most. num_entered_tokens: of all
-    the prompts that the engine has ever seen.
+    num_waiting_completion_tokens, num_running_completion_tokens: what those may yet generate, at
+    most. num_entered_tokens: of all the prompts that the engine has ever seen;
+    num_entered_completion_tokens: what could be generated from them, at most.
     """
 
     num_running: int = 0
@@ -43,7 +44,9 @@ class Gauges:
     num_pages_used: int = 0
     num_pages_total: int = 0
     num_waiting_completion_tokens: int = 0
+    num_running_completion_tokens: int = 0
     num_entered_tokens: int = field(default=0, compare=False)
+    num_entered_completion_tokens: int = field(default=0, compare=False)
 
 
 class EngineObserver(Protocol):

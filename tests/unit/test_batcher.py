@@ -84,7 +84,9 @@ class Steps:
                 return
 
     def check(self) -> None:
-        budget = self.batcher.budget
+        budget, waiting = self.batcher.budget, self.batcher.waiting
+        assert waiting.num_tokens == sum(s.num_pending for s in waiting)
+        assert waiting.num_completion_tokens == sum(s.num_to_come for s in waiting)
         assert budget.num_free == self.runner.num_free_pages()
         assert budget.num_free + budget.num_used + budget.num_evictable == budget.num_pages
         for sequence in self.batcher.running:

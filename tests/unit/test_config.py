@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from serve.api.limits import Limits
 from serve import cli
+from serve.api.limits import Limits
 from serve.config import SECTIONS, Settings, load_settings
 from serve.engine import EngineConfig
 from serve.errors import ConfigError

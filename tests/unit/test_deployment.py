@@ -260,6 +260,22 @@ def test_what_is_wanted_back_is_loaded_behind_its_unload(tmp_path: Path) -> None
     run(tmp_path, test)
 
 
+def test_the_end_waits_for_no_unload(tmp_path: Path) -> None:
+    async def test(it: Live) -> None:
+        await it.load("matmul")
+        [stream] = it.libraries.served.find("m@matmul").submit([([15, 2], LONG)], "")  # minutes
+        await it.unload("matmul", wait=False)
+        again = asyncio.create_task(it.load("matmul"))
+        await it.libraries.drain(0)
+        *_, end = [event async for event in stream]
+        assert isinstance(end, FinishEvent)
+        assert end.reason in ("cancelled", "error")
+        with pytest.raises(ServeError):
+            await again
+
+    run(tmp_path, test)
+
+
 def test_the_default_chosen_last_counts(tmp_path: Path) -> None:
     async def test(it: Live) -> None:
         await it.make_default("slow", wait=False)

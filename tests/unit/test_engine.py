@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -441,7 +442,9 @@ def test_gauges_while_some_run_and_some_wait() -> None:
         streams = [engine.submit([0, 1, 2, 3], replace(GREEDY, max_tokens=3)) for _ in range(4)]
         paced.step(2)  # before the second one the engine reads all that was submitted
         assert [await anext(streams[0]) for _ in range(2)] == [TokenEvent(4), TokenEvent(5)]
-        assert engine.gauges() == Gauges(1, 3, 12, 2, 512, 9)  # the newest token is in no page yet
+        assert engine.gauges() == Gauges(
+            1, 3, 12, 2, 512, 9, 1
+        )  # the newest token is in no page yet
         for stream in streams[1:]:
             stream.cancel()
         paced.step()
@@ -692,6 +695,36 @@ def test_draining_cancels_what_is_left_at_the_end() -> None:
         assert engine.gauges() == Gauges(0, 0, 0, 0, 512)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_of_two_drains_the_earlier_end_counts(at_once: bool) -> None:
+    """Whichever comes first. `hasten` does not wait."""
+    runner = FakeRunner(SMALL)
+    engine = Engine(runner)
+    engine.start()
+
+    async def main() -> None:
+        runner.gate.clear()
+        stream = engine.submit([1], replace(GREEDY, max_tokens=200))
+        await at_gate(runner)
+        drains = [asyncio.create_task(engine.drain(math.inf))]
+        if at_once:
+            drains.append(asyncio.create_task(engine.drain(0)))
+            await asyncio.sleep(0)
+        else:
+            await asyncio.sleep(0)
+            engine.hasten(0)
+        drains.append(asyncio.create_task(engine.drain(PATIENCE)))
+        await asyncio.sleep(0.05)  # they look again
+        assert not any(drain.done() for drain in drains)  # there is a step under way
+        runner.gate.set()
+        await asyncio.gather(*drains)
+        ids, finish = await read(stream)
+        assert (len(ids), finish.reason) == (1, "cancelled")
+
+    asyncio.run(main())
+    assert not engine.is_alive
 
 
 def test_draining_an_idle_engine_twice_and_side_by_side() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import queue
 import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -30,7 +33,7 @@ pytestmark = pytest.mark.unit
 PATIENCE = 60.0
 GREEDY = SamplingParams(max_tokens=5, temperature=0)
 LONG = SamplingParams(max_tokens=200, temperature=0)
-STUCK, CRASH = [13, 1], [14, 1]  # prompts, see tests/fake_host.py
+STUCK, CRASH, SLOW = [13, 1], [14, 1], [15, 1]  # prompts, see tests/fake_host.py
 NEXT = hashed()
 
 
@@ -178,6 +181,114 @@ def test_two_engines_and_an_unload(hosted: Hosted) -> None:
 
     run(main)
     assert hosted.load("a").is_accepting
+
+
+@pytest.mark.parametrize("first", [math.inf, 2 * PATIENCE])
+@pytest.mark.parametrize("second", [0, 0.1])
+def test_a_second_drain_may_end_the_first(hosted: Hosted, first: float, second: float) -> None:
+    engine = hosted.load("a")
+
+    async def main() -> None:
+        stream = engine.submit(SLOW, LONG)
+        await anext(stream)
+        draining = asyncio.create_task(engine.drain(first))
+        await asyncio.sleep(0)
+        await engine.drain(second)
+        assert (await read(stream))[1].reason == "cancelled"
+        await draining
+
+    run(main)
+    assert hosted.load("a").is_accepting
+
+
+def test_a_second_drain_gives_no_more_time(hosted: Hosted) -> None:
+    engine = hosted.load("a")
+
+    async def main() -> None:
+        stream = engine.submit(SLOW, LONG)
+        await anext(stream)
+        await asyncio.gather(engine.drain(0.1), engine.drain(math.inf), engine.drain(2 * PATIENCE))
+        assert (await read(stream))[1].reason == "cancelled"
+
+    run(main)
+
+
+def test_without_an_end_what_runs_finishes(hosted: Hosted) -> None:
+    engine = hosted.load("a")
+
+    async def main() -> None:
+        stream = engine.submit([1], LONG)
+        await engine.drain(math.inf)
+        assert await read(stream) == (expected([1], 200), ANY)
+
+    run(main)
+
+
+def test_an_engine_that_is_gone_is_drained(hosted: Hosted) -> None:
+    """Its name may be another's by then, which goes on."""
+    gone, other = hosted.load("a"), hosted.load("b")
+    asyncio.run(gone.drain(0))
+    asyncio.run(gone.drain(0))
+    again = hosted.load("a")
+
+    async def main() -> None:
+        await gone.drain(0)
+        for engine in (again, other):
+            assert (await read(engine.submit([1], GREEDY)))[0] == expected([1], 5)
+
+    run(main)
+
+
+@pytest.mark.parametrize("request_", ["", "fail"])
+def test_whoever_waits_for_a_load_may_give_up(hosted: Hosted, request_: str) -> None:
+    async def main() -> None:
+        future = hosted.process.load("a", request_, hosted.phases.append, lambda _: hosted.watcher)
+        await give_up(asyncio.wrap_future(future))
+
+    run(main)
+    assert hosted.load("b").is_accepting  # it was made after "a"
+
+
+def test_whoever_waits_for_an_unload_may_give_up(hosted: Hosted) -> None:
+    """The others go on waiting, and it goes on."""
+    engine = hosted.load("a")
+
+    async def main() -> None:
+        stream = engine.submit(SLOW, LONG)
+        await anext(stream)
+        waiting = asyncio.create_task(engine.drain(math.inf))
+        await give_up(asyncio.create_task(engine.drain(math.inf)))
+        assert not waiting.done()
+        stream.cancel()
+        await waiting
+
+    run(main)
+    assert hosted.load("a").is_accepting
+
+
+def test_a_death_after_they_gave_up() -> None:
+    found = Hosted()
+    engine = found.load("a")
+
+    async def main() -> None:
+        await anext(engine.submit(SLOW, LONG))
+        future = found.process.load("b", "stall", found.phases.append, lambda _: found.watcher)
+        await give_up(asyncio.wrap_future(future))
+        await give_up(asyncio.create_task(engine.drain(math.inf)))
+
+    run(main)
+    os.kill(found.process.pid, signal.SIGKILL)
+    assert "SIGKILL" in found.deaths.get(timeout=PATIENCE)
+    found.process.stop()
+
+
+async def give_up(waiting: asyncio.Future[Any]) -> None:
+    """After it has begun; what that does has been done when this returns."""
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert waiting.cancelled()
+    await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("how", ["killed", "crash", "stuck", "halted"])

@@ -29,7 +29,7 @@ def test_counts() -> None:
     assert sequence.token_ids == [5, 6, 7, 5, 8, 8]
     assert sequence.prompt_ids == (5, 6, 7)
     assert sequence.output_counts == Counter({8: 2, 5: 1})  # the prompt's 5 is not among them
-    assert sequence.max_length == 12
+    assert sequence.num_to_come == 6
 
 
 def test_it_ends_at_max_tokens() -> None:
