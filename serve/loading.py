@@ -5,24 +5,29 @@ Used by the engines' process, and by the commands that work without one.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from profiles import Profile, ProfileError, load_profile
 from serve.backends import Backend, get_backend
 from serve.compiler.cache import LibraryCache, default_cache_dir
 from serve.compiler.compile import Compiled, CompileJob, get_library
+from serve.compiler.library import Library
 from serve.config import Settings
 from serve.engine.constraint import Constraint
 from serve.engine.host import Prepared
 from serve.errors import LoadError
 from serve.grammar import Grammars
-from serve.memory import available_bytes
+from serve.memory import Claims, Parts, available_bytes, resident_bytes
 from serve.model.source import ModelSource, find_model
 from serve.placement import LibraryFacts, LoadRequest
+from serve.runtime.config import RunnerConfig
 from serve.runtime.runner import TVMRunner
 from serve.runtime.weights import DeviceWeights
 from serve.tokenizer import Tokenizer
@@ -67,6 +72,54 @@ def library_cache(settings: Settings) -> LibraryCache:
     return LibraryCache(Path(given) if given else default_cache_dir())
 
 
+def check_threads(config: RunnerConfig) -> None:
+    """More than CPUs are of no use, and very many never get to work. Raises LoadError."""
+    most = os.cpu_count() or 1
+    if config.threads is not None and config.threads > most:
+        raise LoadError(
+            f"runner.threads = {config.threads}: expected at most {most}, this machine's CPUs"
+        )
+
+
+class _Layout(NamedTuple):
+    """Weights in memory, which all libraries share that take them so."""
+
+    backend: str
+    panel: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Need:
+    """What a library takes of the host's memory, in bytes."""
+
+    model: str
+    backend: str
+    weights: int = 0
+    kv_cache: int = 0
+    step: int = 0  # activations, and the logits of every token
+
+    @classmethod
+    def of(cls, chosen: Selection, settings: Settings) -> _Need:
+        model, backend, runner = chosen.model, chosen.backend, settings.runner
+        if backend.family != "cpu":
+            return cls(model.name, backend.name)
+        config, engine = model.config, settings.engine
+        running = min(engine.max_running, runner.max_batch) * (1 + engine.speculative_tokens)
+        most = runner.step_tokens_for(config.n_positions)
+        tokens = min(most, engine.prefill_chunk_tokens + running)
+        width = config.vocab_size + config.n_inner + 4 * config.n_embd
+        return cls(
+            model.name,
+            backend.name,
+            4 * config.num_parameters,
+            runner.kv_tokens_for(config.n_positions) * config.kv_bytes_per_token(),
+            4 * tokens * width,
+        )
+
+    def parts(self, layout: _Layout) -> Parts:
+        return {layout: self.weights, self: self.kv_cache + self.step}
+
+
 class Loader:
     """Makes engines' parts, for one model: its weights are read once, whatever the profiles."""
 
@@ -76,27 +129,31 @@ class Loader:
         self._tokenizer: Tokenizer | None = None
         self._grammars: Grammars | None = None  # made when first asked for
         self._weights: dict[str, DeviceWeights] = {}  # by backend
+        self._claims = Claims(available_bytes, resident_bytes)
 
     def prepare(self, request: LoadRequest, report: Say) -> Prepared:
         """Compile if need be, and load. Raises ServeError."""
-        settings, placement = request.settings, request.placement
+        settings = request.settings
+        check_threads(settings.runner)
         try:
             chosen = self._select(settings, request)
         except ProfileError as error:
             raise LoadError(str(error)) from error
         chosen.backend.device()  # raises BackendError for what this machine cannot run
-        compiled = chosen.compile(settings, report)
-        manifest = compiled.library.manifest
-        report(f"library {manifest.digest[:12]} ({compiled.source}, {compiled.seconds:.1f} s)")
-        start = time.perf_counter()
-        self._check_memory(chosen, settings)
-        weights, tokenizer = self._parts(chosen)
+        need = _Need.of(chosen, settings)
         try:
-            runner = TVMRunner(
-                compiled.library, weights, chosen.backend, settings.runner, tokenizer.vocab_size
-            )
-        except (MemoryError, OSError) as error:
-            raise LoadError(f"out of memory for {placement}: {error}; {_WHAT_TO_LOWER}") from error
+            self._claim_memory(need)
+            compiled = chosen.compile(settings, report)
+            manifest = compiled.library.manifest
+            report(f"library {manifest.digest[:12]} ({compiled.source}, {compiled.seconds:.1f} s)")
+            start = time.perf_counter()
+            panel = manifest.panel if manifest.packed else None
+            self._claim_memory(need, _Layout(need.backend, panel))
+            runner = self._runner(chosen, compiled.library, settings.runner)
+        except BaseException:
+            self._claims.end(need)
+            raise
+        weakref.finalize(runner, self._claims.end, need)
         report(f"weights of {chosen.model.spec} loaded ({time.perf_counter() - start:.1f} s)")
         facts = LibraryFacts(
             manifest.quantization,
@@ -125,20 +182,37 @@ class Loader:
             load_profile(placement.profile, folder),
         )
 
-    def _check_memory(self, chosen: Selection, settings: Settings) -> None:
-        """Raises LoadError where it is sure not to fit: the system would kill the process later."""
-        free = available_bytes()
-        if chosen.backend.family != "cpu" or free is None:
-            return
-        config = chosen.model.config
-        kv_bytes = settings.runner.kv_tokens_for(config.n_positions) * config.kv_bytes_per_token()
-        weights = 0 if chosen.backend.name in self._weights else 4 * config.num_parameters
-        if kv_bytes + weights > free:
-            raise LoadError(
-                f"out of memory: {chosen.model.name} needs {weights >> 20} MiB for its weights and "
-                f"{kv_bytes >> 20} MiB for its KV cache, and {free >> 20} MiB are free; "
-                f"{_WHAT_TO_LOWER}"
-            )
+    def _runner(self, chosen: Selection, library: Library, config: RunnerConfig) -> TVMRunner:
+        weights, tokenizer = self._parts(chosen)
+        try:
+            return TVMRunner(library, weights, chosen.backend, config, tokenizer.vocab_size)
+        except (MemoryError, OSError) as error:
+            what = f"{chosen.backend.name}:{chosen.profile.name}"
+            raise LoadError(f"out of memory for {what}: {error}; {_WHAT_TO_LOWER}") from error
+
+    def _claim_memory(self, need: _Need, layout: _Layout | None = None) -> None:
+        """Before compiling nobody knows the weights' layout: None is any that is in memory.
+
+        Raises LoadError.
+        """
+        if layout is None:
+            layouts = [part for part in self._claims.parts() if isinstance(part, _Layout)]
+            same = (part for part in layouts if part.backend == need.backend)
+            layout = next(same, _Layout(need.backend, None))
+        parts = need.parts(layout)
+        if not self._claims.claim(need, parts):
+            raise self._too_large(need, parts)
+
+    def _too_large(self, need: _Need, parts: Parts) -> LoadError:
+        claimed = self._claims.parts()
+        weights = sum(parts[part] for part in parts if part != need and part not in claimed)
+        free, promised = self._claims.room() or (0, 0)
+        others = f", of which other libraries may take {promised >> 20} MiB" if promised else ""
+        return LoadError(
+            f"out of memory: {need.model} needs {weights >> 20} MiB for its weights, "
+            f"{need.kv_cache >> 20} MiB for its KV cache and {need.step >> 20} MiB for a step, and "
+            f"{free >> 20} MiB are free{others}; {_WHAT_TO_LOWER}"
+        )
 
     def _constrain(self, grammar: str) -> Constraint:
         """The engines' Constrain. Raises RequestError."""

@@ -1,11 +1,65 @@
-"""How much memory this process may still take, where the system tells (Linux)."""
+"""How much memory this process may still promise, where the system tells (Linux)."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_STATUS = Path("/proc/self/status")
+
+Parts = Mapping[Hashable, int]  # bytes; a part that several claims have is the same memory
+
+
+class Claims:
+    """What this process has promised to what lives in it.
+
+    The system hands out memory when it is first written, which for a KV cache is when requests
+    come: what it calls available is in part promised. What the process has taken since its first
+    living claim counts as such promises kept.
+    """
+
+    def __init__(
+        self, available: Callable[[], int | None], resident: Callable[[], int | None]
+    ) -> None:
+        self._available, self._resident = available, resident
+        self._lock = threading.Lock()
+        self._claims: dict[Hashable, Parts] = {}  # by owner
+        self._before = 0  # resident when there was no claim
+
+    def parts(self) -> dict[Hashable, int]:
+        """All that is claimed."""
+        return {part: size for parts in list(self._claims.values()) for part, size in parts.items()}
+
+    def room(self) -> tuple[int, int] | None:
+        """Bytes that are available, and how many more are promised; None: unknown."""
+        available, resident = self._available(), self._resident()
+        if available is None or resident is None:
+            return None
+        outstanding = sum(self.parts().values()) - max(0, resident - self._before)
+        return available, max(0, outstanding)
+
+    def claim(self, owner: Hashable, parts: Parts) -> bool:
+        """Whether there is room for those parts that nobody else has claimed already.
+
+        In place of what the owner has claimed before; if not, it has no claim any more.
+        """
+        with self._lock:
+            self.end(owner)
+            room, claimed = self.room(), self.parts()
+            new = sum(size for part, size in parts.items() if part not in claimed)
+            if room is not None and new > max(0, room[0] - room[1]):
+                return False
+            if not self._claims:
+                self._before = self._resident() or 0
+            self._claims[owner] = parts
+            return True
+
+    def end(self, owner: Hashable) -> None:
+        """Without the lock: the garbage collector may call it in the thread that has the lock."""
+        self._claims.pop(owner, None)
 
 
 def available_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | None:
@@ -14,14 +68,23 @@ def available_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | N
     return min(known, default=None)
 
 
+def resident_bytes(status: Path = _STATUS) -> int | None:
+    """What this process has written of its own memory; None: unknown."""
+    return _field(status, "RssAnon")
+
+
 def _of_machine(meminfo: Path) -> int | None:
+    return _field(meminfo, "MemAvailable")
+
+
+def _field(file: Path, wanted: str) -> int | None:
     try:
-        lines = meminfo.read_text("ascii").splitlines()
+        lines = file.read_text("ascii").splitlines()
     except OSError:
         return None
     for line in lines:
         name, _, value = line.partition(":")
-        if name == "MemAvailable":
+        if name == wanted:
             return int(value.split()[0]) * 1024
     return None
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ from serve.model.config import GPT2Config
 
 OnProgress = Callable[[str], None]
 LOG_LINES = 40  # of the compiler's output, in an error
+# As Python, LLVM and the linker all put it.
+_NO_ROOM = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+_NO_ROOM.append(str(signal.strsignal(signal.SIGXFSZ)))
 
 
 @dataclass(frozen=True)
@@ -107,43 +111,53 @@ def get_library(
 def compile_in_child(
     request: dict[str, Any], on_progress: OnProgress, time_limit_seconds: float
 ) -> None:
-    """Run the pipeline in a child process, passing its phases on."""
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "serve.compiler.pipeline"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # a group of its own, to be stopped with its linker or nvcc
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        )
-        assert child.stdin is not None
-        assert child.stdout is not None
-        expired = threading.Event()
+    """Run the pipeline in a child process, passing its phases on.
 
-        def expire() -> None:
-            expired.set()
-            _stop(child)
+    All that it writes is in the request's folder, so that nothing else can be full.
+    """
+    folder = request["folder"]
+    path = os.pathsep.join(path for path in sys.path if path)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "serve.compiler.pipeline"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # a group of its own, to be stopped with its linker or nvcc
+        env=os.environ | {"PYTHONPATH": path, "TMPDIR": folder},
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    log: deque[str] = deque(maxlen=LOG_LINES)
+    reader = threading.Thread(target=log.extend, args=(child.stderr,))
+    expired = threading.Event()
 
-        timer = threading.Timer(time_limit_seconds, expire)
-        timer.start()
-        try:
-            _send(child, request)
-            for line in child.stdout:
-                _pass_on(line, on_progress)
-            code = child.wait()
-        finally:
-            timer.cancel()
-            _stop(child)
-            child.wait()
-            child.stdout.close()
-        if code != 0:
-            what = f"profile {request['profile']!r} on backend {request['backend']!r}"
-            raise CompileError(
-                f"compiling {what} {_cause(code, expired, time_limit_seconds)}", _tail(log)
-            )
+    def expire() -> None:
+        expired.set()
+        _stop(child)
+
+    timer = threading.Timer(time_limit_seconds, expire)
+    reader.start()
+    timer.start()
+    try:
+        _send(child, request)
+        for line in child.stdout:
+            _pass_on(line, on_progress)
+        code = child.wait()
+    finally:
+        timer.cancel()
+        _stop(child)
+        child.wait()
+        reader.join()
+        child.stdout.close()
+        child.stderr.close()
+    if code != 0:
+        what = f"profile {request['profile']!r} on backend {request['backend']!r}"
+        text = "".join(log)
+        limit = f"took longer than {time_limit_seconds:g} s and was stopped"
+        cause = limit if expired.is_set() else _cause(code, text, Path(folder).parent)
+        raise CompileError(f"compiling {what} {cause}", text)
 
 
 def _stop(child: subprocess.Popen[str]) -> None:
@@ -170,14 +184,8 @@ def _pass_on(line: str, on_progress: OnProgress) -> None:
     on_progress(f"[{number}/{len(PHASES)}] {PHASES[number - 1]}")
 
 
-def _cause(code: int, expired: threading.Event, time_limit_seconds: float) -> str:
-    if expired.is_set():
-        return f"took longer than {time_limit_seconds:g} s and was stopped"
-    if code < 0:
-        return f"crashed with {signal.Signals(-code).name}"
-    return "failed"
-
-
-def _tail(log: Any) -> str:
-    log.seek(0)
-    return "".join(log.readlines()[-LOG_LINES:])
+def _cause(code: int, log: str, cache: Path) -> str:
+    no_room = next((problem for problem in _NO_ROOM if problem in log), None)
+    if no_room is not None:
+        return f"failed: {no_room}: {cache}"
+    return f"crashed with {signal.Signals(-code).name}" if code < 0 else "failed"

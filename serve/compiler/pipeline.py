@@ -20,12 +20,13 @@ from profiles import read_profile
 from serve.backends import get_backend
 from serve.compiler.coverage import KernelCoverage, panel_of, schedule
 from serve.compiler.library import LIBRARY_FILE, Manifest, file_digest, write_manifest
+from serve.compiler.shapes import settle_shapes
 from serve.errors import CompileError
 from serve.model.config import GPT2Config
 from serve.model.gpt2 import export
 from serve.model.kv_pages import PAGE_SIZE
 
-PIPELINE_VERSION = 2  # raise it when the passes below change: it is part of the library's key
+PIPELINE_VERSION = 3  # raise it when the passes below change: it is part of the library's key
 QUANTIZATION = {"float32": "q0f32", "float16": "q0f16"}  # MLC's names
 PHASES = ("export", "fuse", "schedule", "lower", "generate code", "link")
 
@@ -68,6 +69,7 @@ def lower(mod: tvm.IRModule) -> tvm.IRModule:
             transform.LowerRuntimeBuiltin(),
             transform.ComputePrimValue(),
             transform.VMShapeLower(),
+            settle_shapes,
             transform.AttachGlobalSymbol(),
         ]
     )(mod)

@@ -60,13 +60,14 @@ class TVMRunner:
         model = GPT2Config(**manifest.model_config)
         self._vocab_size = model.vocab_size
         kv_tokens = config.kv_tokens_for(model.n_positions)
-        step_tokens = max(config.max_step_tokens, config.max_batch)
-        self._kv = make_kv_cache(manifest, self._vm, config.max_batch, kv_tokens, step_tokens)
+        step_tokens = config.step_tokens_for(model.n_positions)
+        max_batch = min(config.max_batch, -(-kv_tokens // manifest.page_size))  # a page for each
+        self._kv = make_kv_cache(manifest, self._vm, max_batch, kv_tokens, step_tokens)
         num_pages = self._kv.num_free
         self._limits = RunnerLimits(
             vocab_size=min(self._vocab_size, vocab_size or self._vocab_size),
             max_context=min(model.n_positions, num_pages * manifest.page_size),
-            max_batch=config.max_batch,
+            max_batch=max_batch,
             max_step_tokens=step_tokens,
             page_size=manifest.page_size,
             num_pages=num_pages,

@@ -18,6 +18,7 @@ from serve.backends import Backend, get_backend
 from serve.compiler import compile as compile_
 from serve.compiler.cache import LibraryCache
 from serve.compiler.compile import Compiled, CompileJob, compile_in_child, get_library
+from serve.compiler.library import open_library
 from serve.compiler.pipeline import PHASES
 from serve.errors import CompileError, LibraryError
 from serve.model.config import GPT2Config
@@ -63,6 +64,16 @@ def test_the_library_has_its_functions(compiled: tuple[Compiled, list[str]]) -> 
         assert machine[name] is not None
     with pytest.raises(Exception, match="no_such_function"):
         machine["no_such_function"]
+
+
+def test_another_process_compiles_the_same(
+    compiled: tuple[Compiled, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the replicas of one server would have different fingerprints."""
+    monkeypatch.setenv("PYTHONHASHSEED", "1234")
+    compile_in_child(toy_job().request() | {"folder": str(tmp_path)}, lambda _: None, 600)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["library.so", "manifest.json"]
+    assert open_library(tmp_path).manifest.digest == compiled[0].library.manifest.digest
 
 
 def key(job: CompileJob) -> str:
@@ -185,6 +196,29 @@ def test_a_crash_of_the_compiler(plugin: Plugin, empty: LibraryCache, name: str)
     expected = f"compiling profile 'own' on backend 'cpu' crashed with {name}"
     assert str(caught.value).startswith(expected)
     assert "tensorizing" in caught.value.log
+    assert_nothing_is_left(empty)
+
+
+def test_files_that_may_not_be_so_large(plugin: Plugin, empty: LibraryCache) -> None:
+    """As LLVM says it, which then aborts."""
+    set_limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (20_000, 20_000))"
+    with pytest.raises(CompileError) as caught:
+        get_library(toy_job(plugin("pass", on_import=set_limit)), empty)
+    first = str(caught.value).splitlines()[0]
+    root = empty.folder("x").parent
+    assert first == f"compiling profile 'own' on backend 'cpu' failed: File too large: {root}"
+    assert_nothing_is_left(empty)
+
+
+def test_a_full_disk(plugin: Plugin, empty: LibraryCache) -> None:
+    """As Python says it, which writes the manifest."""
+    full = "raise OSError(28, os.strerror(28), 'manifest.json')"
+    fails = f"Path.write_text = lambda *_, **__: exec({full!r}, dict(os=os))"
+    with pytest.raises(CompileError) as caught:
+        get_library(toy_job(plugin("pass", on_import=fails)), empty)
+    root = empty.folder("x").parent
+    expected = "compiling profile 'own' on backend 'cpu' failed: No space left on device"
+    assert str(caught.value).splitlines()[0] == f"{expected}: {root}"
     assert_nothing_is_left(empty)
 
 

@@ -198,7 +198,7 @@ def test_traffic_is_split_and_sticky(start_server: StartServer, settings: Path) 
         # An edit, and SIGHUP: the split ends, and what it needed goes.
         settings.write_text('[library]\nprofile = "matmul"\n')
         server.signal(signal.SIGHUP)
-        server.wait_for("reloaded: library.profile, traffic.weights")
+        server.wait_for("reloaded; changed: library.profile, traffic.weights; loaded: ")
         until(lambda: states(client) == {"matmul": "loaded"})
         assert complete(client).json()["model"] == "gettysburg"
 
