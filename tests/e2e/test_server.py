@@ -178,6 +178,7 @@ def test_a_second_signal_ends_at_once(start_server: StartServer) -> None:
     thread.start()
     assert begun.wait(PATIENCE)
     process.signal(signal.SIGTERM)
+    process.wait_for("Shutting down")  # two signals at a time would be one
     process.signal(signal.SIGTERM)
     thread.join(PATIENCE)
     assert process.wait() in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
