@@ -124,7 +124,7 @@ class Deployment:
     async def _move_to(self, settings: Settings) -> None:
         """Load what is missing, switch, unload what is left over; or change nothing, and raise."""
         wanted = self._wanted(settings)
-        before = {x.placement for x in self._libraries if x.state != "unloading"}
+        before = {x.placement for x in self._libraries if x.state in ("loading", "loaded")}
         try:
             await self._load_all(wanted)
             self._apply(settings)

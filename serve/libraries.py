@@ -173,6 +173,9 @@ class Libraries:
                 raise EngineError("The server is shutting down", "draining")
             future = self._process.load(str(placement), request, on_progress, observer)
             library.engine = await asyncio.wrap_future(future)
+            if self._is_ending:
+                await library.engine.drain(0)
+                raise EngineError("The server is shutting down", "draining")
             self._serve(library, library.engine)
         except Exception as error:
             library.state, library.phase, library.error = "failed", None, str(error)
@@ -253,22 +256,27 @@ class Libraries:
 
     async def _restart(self) -> None:
         """The same libraries in a new process. Until they are loaded, the dead ones answer: 503."""
-        self._process = self._watched(self._start_host(self._settings))
         dead = [library for library in self if library.state == "loaded"]
-        for one in dead:
-            if one.metrics is not None:
-                one.metrics.close()
-            again = Library(one.placement, phase="restarting", served=one.served)
-            self._libraries[one.placement] = again
-            self._begin(again)
         try:
+            self._process = self._watched(self._start_host(self._settings))
+            for one in dead:
+                self._load_again(one)
             for one in dead:
                 await self.loaded(one.placement)
+            if not self._process.is_alive:
+                raise EngineError("they have died again")
         except Exception as error:
             if not self._is_ending:
                 self._on_death(f"the engines could not be started again: {error}")
         else:
             self._say("the engines are back")
+
+    def _load_again(self, dead: Library) -> None:
+        if dead.metrics is not None:
+            dead.metrics.close()
+        again = Library(dead.placement, phase="restarting", served=dead.served)
+        self._libraries[dead.placement] = again
+        self._begin(again)
 
 
 def _retrieved(task: asyncio.Task[None]) -> None:

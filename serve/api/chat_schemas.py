@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from serve.api.schemas import (
     MAX_LOGPROBS,
+    Count,
     GenerationFields,
     RequestModel,
     UnsupportedValueError,
@@ -79,8 +80,8 @@ class ChatRequest(GenerationFields):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(
+    max_completion_tokens: Count | None = Field(None, ge=1)
+    max_tokens: Count | None = Field(
         None,
         ge=1,
         description="The older name of max_completion_tokens",

@@ -6,6 +6,7 @@ Knows no model, so no vocabulary either.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -30,10 +31,13 @@ MAX_USER_CHARACTERS = 256
 _INT64 = 2**63
 
 Prompts = list[str] | list[list[int]]
+# JSON's integers have no end; Python cannot even write out very long ones.
+Count = Annotated[int, Field(lt=_INT64)]
+TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
 
 # For the description of what is read by hand.
 _Text = Annotated[str, Field(min_length=1)]
-_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Ids = Annotated[list[TokenId], Field(min_length=1)]
 _Prompt = (
     _Text
     | Annotated[list[_Text], Field(min_length=1)]
@@ -75,7 +79,10 @@ def refused(why: str, harmless: Any = None) -> PlainValidator:
 
 
 def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)  # a bool is no id
+    """A bool is no id, nor what is no integer of 64 bits."""
+    return isinstance(value, list) and all(
+        type(item) is int and -_INT64 <= item < _INT64 for item in value
+    )
 
 
 def _as_prompts(value: object) -> Prompts:
@@ -144,8 +151,14 @@ class RequestModel(BaseModel):
     def _null_is_default(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
-        optional = {f.alias or n for n, f in cls.model_fields.items() if not f.is_required()}
+        optional = _optional(cls)
         return {k: value for k, value in data.items() if value is not None or k not in optional}
+
+
+@cache
+def _optional(model: type[BaseModel]) -> frozenset[str]:
+    fields = model.model_fields.items()
+    return frozenset(f.alias or name for name, f in fields if not f.is_required())
 
 
 class StreamOptions(RequestModel):
@@ -187,7 +200,7 @@ class GenerationFields(RequestModel):
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt")
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, description="0 or -1: off")
+    top_k: Count = Field(0, ge=-1, description="0 or -1: off")
     min_p: float = Field(0.0, ge=0, le=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
@@ -199,10 +212,10 @@ class GenerationFields(RequestModel):
         None, ge=-_INT64, lt=_INT64, description="A negative seed means itself plus 2**64"
     )
     stop: Annotated[list[str], PlainValidator(_as_stop_strings, json_schema_input_type=_Stop)] = []
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field([], max_length=MAX_STOP_TOKENS)
+    stop_token_ids: list[TokenId] = Field([], max_length=MAX_STOP_TOKENS)
     ignore_eos: bool = False
-    min_tokens: int = Field(0, ge=0)
-    truncate_prompt_tokens: int | None = Field(
+    min_tokens: Count = Field(0, ge=0)
+    truncate_prompt_tokens: Count | None = Field(
         None, ge=1, description="Keep only so many of the prompt's last tokens"
     )
     return_token_ids: bool = False
@@ -240,7 +253,7 @@ class CompletionRequest(GenerationFields):
 
     prompt: Annotated[Prompts, PlainValidator(_as_prompts, json_schema_input_type=_Prompt)]
     echo: bool = Field(False, description="The prompt's text comes first")
-    max_tokens: int = Field(16, ge=0, description="0 only with echo")
+    max_tokens: Count = Field(16, ge=0, description="0 only with echo")
     best_of: int | None = Field(
         None, ge=1, le=MAX_CHOICES, description="Choices to generate, of which the n best are told"
     )

@@ -13,7 +13,7 @@ from serve.api.body import read_json
 from serve.api.chat import rendered
 from serve.api.chat_schemas import MAX_MESSAGES, Message
 from serve.api.prompts import encoded
-from serve.api.schemas import RequestModel
+from serve.api.schemas import RequestModel, TokenId
 from serve.api.served import ServedModel, ServedModels
 from serve.errors import ModelNotFoundError, RequestError, TokenizerError
 
@@ -47,7 +47,7 @@ class TokenizeResponse(BaseModel):
 
 class DetokenizeRequest(RequestModel):
     model: str | None = None
-    tokens: list[int]
+    tokens: list[TokenId]
 
 
 class DetokenizeResponse(BaseModel):

@@ -21,7 +21,7 @@ from serve.engine.engine import Engine, EngineConfig
 from serve.engine.runner import ModelRunner
 from serve.engine.sequence import Event, FinishEvent
 from serve.engine.stats import Gauges, StepStats
-from serve.errors import ServeError
+from serve.errors import EngineError, ServeError
 
 log = logging.getLogger(__name__)
 
@@ -73,20 +73,16 @@ class _Host:
 
     def _handle(self, message: object) -> None:
         match message:
-            case messages.Submit() | messages.End() | messages.Hasten() if (
-                message.key not in self._engines
-            ):
-                log.debug("%s came after its engine's end", message)
-            case messages.Submit():
-                self._engines[message.key].submit(message)
-            case messages.End():
-                self._engines[message.key].end(message)
             case messages.Load():
                 self._in_thread(self._load, message)
             case messages.Unload():
                 self._in_thread(self._unload, message)
-            case messages.Hasten():
-                self._engines[message.key].hasten(message.seconds)
+            case messages.Submit() | messages.End() | messages.Hasten():
+                engine = self._engines.get(message.key)
+                if engine is None:
+                    log.debug("%s came after its engine's end", message)
+                else:
+                    engine.handle(message)
 
     def _in_thread(self, function: Callable[[Any], None], message: object) -> None:
         threading.Thread(target=function, args=(message,), daemon=True).start()
@@ -113,7 +109,10 @@ class _Host:
             self.send(messages.Loaded(key, limits, prepared.config, prepared.about))
 
     def _unload(self, message: messages.Unload) -> None:
-        self._engines[message.key].stop(message.seconds)
+        try:
+            self._engines[message.key].stop(message.seconds)
+        except Exception:
+            log.exception("unloading %s failed", message.key)
         del self._engines[message.key]
         gc.collect()  # an engine and what it is made of refer to each other
         self._free_memory()
@@ -145,21 +144,30 @@ class _Engine:
         )
         self._engine.start()
 
-    def submit(self, message: messages.Submit) -> None:
+    def handle(self, message: messages.Submit | messages.End | messages.Hasten) -> None:
+        match message:
+            case messages.Submit():
+                self._submit(message)
+            case messages.End():
+                self._engine.end(message.number, message.reason, message.num_generated)
+            case messages.Hasten():
+                self._engine.hasten(message.seconds)
+
+    def _submit(self, message: messages.Submit) -> None:
         try:
             self._engine.enqueue(
                 message.prompt_ids, message.params, message.share_key, message.number
             )
         except ServeError as error:  # checked in front, so: it is draining, or has just died
-            event = FinishEvent("error", len(message.prompt_ids), 0, error=error)
-            gauges = self._engine.gauges()
-            self._send(messages.Step(self.key, [(message.number, event)], [], gauges))
+            self._refuse(message, error)
+        except Exception:
+            log.exception("a submission failed")
+            self._refuse(message, EngineError("The engine failed to take this request"))
 
-    def end(self, message: messages.End) -> None:
-        self._engine.end(message.number, message.reason, message.num_generated)
-
-    def hasten(self, seconds: float) -> None:
-        self._engine.hasten(seconds)
+    def _refuse(self, message: messages.Submit, error: ServeError) -> None:
+        event = FinishEvent("error", len(message.prompt_ids), 0, error=error)
+        gauges = self._engine.gauges()
+        self._send(messages.Step(self.key, [(message.number, event)], [], gauges))
 
     def stop(self, seconds: float) -> None:
         asyncio.run(self._engine.drain(seconds))

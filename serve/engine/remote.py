@@ -136,6 +136,8 @@ class EngineProcess:
         self._outbound.put(None)  # after what was sent so far
         for thread in self._threads:
             thread.join(_PATIENCE)
+        if self._process.poll() is None:
+            self._process.kill()
 
     def send(self, message: object) -> None:
         self._outbound.put(message)
@@ -161,6 +163,10 @@ class EngineProcess:
                     self._handle(self._connection.recv())
                 self._watch()
         except (EOFError, OSError):
+            self._ended()
+        except Exception:  # ours: nobody would hear of anything any more
+            log.exception("what the engines' process says cannot be handled")
+            self._process.kill()
             self._ended()
 
     def _handle(self, message: object) -> None:
@@ -335,7 +341,9 @@ class RemoteEngine:
                 getattr(self._observer, name)(*arguments)
             self._gauges = step.gauges
             for number, event in step.events:
-                stream = self._streams[number]
+                stream = self._streams.get(number)
+                if stream is None:  # it was told of the engine's death meanwhile
+                    continue
                 self._outbox.put(stream, event)
                 if isinstance(event, FinishEvent):
                     self._forget(number, stream)
@@ -353,6 +361,7 @@ class RemoteEngine:
             self._gauges = Gauges(
                 num_pages_total=self.limits.num_pages,
                 num_entered_tokens=self._gauges.num_entered_tokens,
+                num_entered_completion_tokens=self._gauges.num_entered_completion_tokens,
             )
             self._outbox.flush()
 

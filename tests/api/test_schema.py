@@ -265,3 +265,25 @@ def test_numbers_are_finite(server: Server, number: str) -> None:
 def test_integers_may_be_huge_in_the_json_only(server: Server) -> None:
     assert error_of(server, max_tokens=10**30)["param"] == "max_tokens"
     assert error_of(server, prompt=[10**30])["param"] == "prompt"
+
+
+LONGEST = 10**4300 - 1  # of what JSON's reader takes; one more, and Python writes it no more
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"max_tokens": LONGEST},
+        {"min_tokens": LONGEST},
+        {"top_k": LONGEST},
+        {"truncate_prompt_tokens": 2**63},
+        {"stop_token_ids": [LONGEST]},
+        {"prompt": [LONGEST]},
+        {"prompt": [[-(2**63) - 1]]},
+        {"seed": LONGEST},
+        {"n": LONGEST},
+    ],
+    ids=lambda field: str(*field),
+)
+def test_integers_without_end(server: Server, field: dict[str, Any]) -> None:
+    assert error_of(server, **field)["param"] == next(iter(field))

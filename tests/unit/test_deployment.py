@@ -316,6 +316,18 @@ def test_a_reload_moves_to_the_new_settings(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+def test_what_had_failed_before_a_reload_that_fails_is_not_left_loaded(tmp_path: Path) -> None:
+    async def test(it: Live) -> None:
+        await it.load("broken", wait=False)
+        await until(lambda: it.states["cpu:broken"] == "failed")
+        it.edit('[library]\nalso = ["gemv", "broken"]')
+        with pytest.raises(LoadError):
+            await it.reload()
+        await until(lambda: it.states == {"cpu:full": "loaded"})
+
+    run(tmp_path, test)
+
+
 @pytest.mark.parametrize(
     ("text", "kind", "why"),
     [
@@ -400,6 +412,67 @@ def test_a_crash_during_load_and_unload(tmp_path: Path) -> None:
         assert await it.ask("m") == 3
 
     run(tmp_path, test, on_death="restart")
+
+
+def test_engines_that_cannot_be_started_again_end_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(it: Live) -> None:
+        def fail(_: Settings) -> HostProcess:
+            raise OSError("no memory for a process")
+
+        monkeypatch.setattr(it.libraries, "_start_host", fail)
+        it.crash()
+        await until(lambda: bool(it.deaths))
+        assert "could not be started again: no memory" in it.deaths[0]
+
+    run(tmp_path, test, on_death="restart")
+
+
+def test_engines_that_die_as_soon_as_they_are_back(tmp_path: Path) -> None:
+    async def test(it: Live) -> None:
+        it.crash()
+        await until(lambda: any("starting another" in said for said in it.said))
+        await until(lambda: it.states["cpu:full"] == "loaded")
+        it.crash()
+        await until(lambda: bool(it.deaths) or it.said.count("the engines are back") == 2)
+        assert it.deaths or await it.ask("m") == 3
+
+    run(tmp_path, test, on_death="restart")
+
+
+def test_a_stuck_process_does_not_outlive_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.engine.remote._PATIENCE", 0.2)
+
+    async def test(it: Live) -> None:
+        it.crash()
+        await until(lambda: "the engines are back" in it.said)
+        [process] = {x.engine._process._process for x in it.libraries if x.engine is not None}
+        process.send_signal(signal.SIGSTOP)
+        await asyncio.to_thread(it.libraries.close)
+        assert process.wait(PATIENCE) == -signal.SIGKILL
+
+    run(tmp_path, test, on_death="restart")
+
+
+def test_a_load_that_ends_in_a_drain_is_not_served(tmp_path: Path) -> None:
+    async def test(it: Live) -> None:
+        [stream] = it.libraries.served.find("m").submit([([15, 2], LONG)], "")  # minutes
+        await it.load("slow", wait=False)
+        await until(lambda: "cpu:slow: compiling" in it.said)
+        drain = asyncio.create_task(it.libraries.drain(1))
+        await asyncio.sleep(0)
+        it.release_slow()
+        await drain
+        assert it.states["cpu:slow"] == "failed"
+        assert "m@slow" not in it.names
+        *_, end = [event async for event in stream]
+        assert isinstance(end, FinishEvent)
+        assert end.reason == "cancelled"
+
+    run(tmp_path, test)
 
 
 def test_a_crash_ends_the_server_unless_told_otherwise(tmp_path: Path) -> None:

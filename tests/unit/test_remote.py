@@ -23,6 +23,7 @@ from serve.engine import (
     StepStats,
     Stream,
     TokenEvent,
+    messages,
 )
 from serve.engine.remote import EngineProcess, HostProcess, RemoteEngine
 from serve.errors import EngineError, LoadError, OverloadedError, RequestError
@@ -330,3 +331,33 @@ def test_an_end_that_was_asked_for_is_no_death(hosted: Hosted) -> None:
     assert not engine.is_alive
     assert hosted.deaths.empty()
     assert hosted.host.process.returncode == 0
+
+
+def test_what_comes_after_an_engines_death_is_nobodys(hosted: Hosted) -> None:
+    """A step that was on its way when the engine's death was told."""
+
+    async def main() -> None:
+        first, other = hosted.load("a"), hosted.load("b")
+        stream = first.submit([1, 2], LONG)
+        hosted.process._handle(messages.Pulse({}, ["a"]))
+        late = FinishEvent("error", 2, 0, error=EngineError("gone"))
+        hosted.process._handle(messages.Step("a", [(0, late)], [], Gauges()))
+        _, end = await read(stream)
+        assert end.reason == "error"
+        ids, _ = await read(other.submit([1, 2, 3], GREEDY))
+        assert ids == expected([1, 2, 3], 5)
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_handled_is_a_death(hosted: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        engine = hosted.load("a")
+        stream = engine.submit(STUCK, LONG)
+        monkeypatch.setattr(hosted.process, "_handle", lambda _: 1 / 0)
+        _, end = await read(stream)
+        assert end.reason == "error"
+        assert not engine.is_alive
+
+    asyncio.run(main())
+    assert hosted.deaths.get(timeout=PATIENCE)
