@@ -10,24 +10,23 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from serve.engine import Row
 from serve.errors import RequestError
-from serve.grammar_rules import check_regex, make_sound
+from serve.grammar_rules import COMBINING, check_regex, make_sound
 from serve.tokenizer import Tokenizer
 
 # What a client can make us compile. Deep schemas would overflow llguidance's stack, and
 # intersections of many patterns take exponential time, so both are counted beforehand.
 MAX_TEXT_BYTES = 32_768  # of a schema as JSON, and of all choices
-MAX_REGEX_BYTES = 4_096
+MAX_REGEX_BYTES = 4_096  # and of all patterns of a schema
 MAX_SUBSCHEMAS = 1_000
 MAX_PATTERNS = 8  # different ones, in a schema that combines subschemas
-_COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "patternProperties"}
 _LIMITS = LLParserLimits(  # a compilation takes at most tenths of a second, a mask milliseconds
     initial_lexer_fuel=100_000,
     step_lexer_fuel=50_000,
@@ -39,9 +38,12 @@ _LIMITS = LLParserLimits(  # a compilation takes at most tenths of a second, a m
 )
 
 
+Found = TypeVar("Found")
 _WORDS = {  # how llguidance's messages begin -> what a client can make of them
     "NoExtension": "no text can match it",
-    "lexer error: too many expressions constructed": "it grows too large",
+    "lexer error: too many": "it grows too large",
+    "lexer precomputation failed": "it is too large",
+    "Unable to determine if regex is empty": "it is too large",
     "oneOf constraints are not supported": "oneOf, of which more than one may match at a time",
 }
 
@@ -70,7 +72,7 @@ class Grammars:
         given = {key: value for key, value in schema.items() if key != "x-guidance"}
         own = _checked_copy(given, param)
         make_sound(own, param)
-        return self._checked(_from_schema(own), param)
+        return self._checked(_from_schema(own, param), param)
 
     def regex(self, pattern: str, param: str = "guided_regex") -> str:
         """A text that matches from its beginning to its end, in the syntax of Rust's regex."""
@@ -88,21 +90,35 @@ class Grammars:
 
     def constrain(self, text: str) -> GrammarConstraint:
         """A constraint at the beginning of what one of the methods above has returned."""
-        return GrammarConstraint(self._matcher(text), text.partition(" ")[0], self._eos_token_id)
+        return GrammarConstraint(self, text, self._eos_token_id)
 
     def _checked(self, grammar: str, param: str) -> str:
         """The text is llguidance's behind the field whose it is, for errors that come later."""
         text = f"{param} {grammar}"
-        self._matcher(text)
+        self.matcher(text)
         return text
 
-    def _matcher(self, text: str) -> LLMatcher:
-        """A fresh copy of the compiled grammar."""
-        param, _, grammar = text.partition(" ")
+    def matcher(self, text: str) -> LLMatcher:
+        """At the beginning; it shares its lexer, which grows with use, with others of this text."""
         with self._lock:
             if text in self._kept:
                 self._kept.move_to_end(text)
                 return self._kept[text].deep_copy()
+        compiled = self._compiled(text)
+        with self._lock:
+            self._kept[text] = compiled
+            if len(self._kept) > self._max_kept:
+                self._kept.popitem(last=False)
+            return compiled.deep_copy()
+
+    def matcher_of_its_own(self, text: str) -> LLMatcher:
+        """One that shares with nobody. What is kept of this text is forgotten."""
+        with self._lock:
+            self._kept.pop(text, None)
+        return self._compiled(text)
+
+    def _compiled(self, text: str) -> LLMatcher:
+        param, _, grammar = text.partition(" ")
         compiled = LLMatcher(self._tokenizer, grammar, limits=_LIMITS, log_level=0)
         compiled.compute_bitmask()  # finds what takes too long, and what nothing can match
         probe = compiled.deep_copy()  # goes to where there is first a choice
@@ -110,11 +126,7 @@ class Grammars:
         probe.compute_bitmask()
         if probe.is_error():
             raise RequestError(_why(probe, "cannot be used"), param)
-        with self._lock:
-            self._kept[text] = compiled
-            if len(self._kept) > self._max_kept:
-                self._kept.popitem(last=False)
-            return compiled.deep_copy()
+        return compiled
 
 
 class GrammarConstraint:
@@ -123,31 +135,40 @@ class GrammarConstraint:
     The methods raise RequestError where the grammar grows beyond its limits.
     """
 
-    def __init__(self, matcher: LLMatcher, param: str, eos_token_id: int) -> None:
-        self._matcher, self._param, self._eos_token_id = matcher, param, eos_token_id
+    def __init__(self, grammars: Grammars, text: str, eos_token_id: int) -> None:
+        self._grammars, self._text, self._eos_token_id = grammars, text, eos_token_id
+        self._matcher, self._is_own = grammars.matcher(text), False
+        self._token_ids: list[int] = []
         self.is_over = False
 
     def mask(self, row: Row) -> None:
         """`row` may be shorter than the vocabulary, if the model knows fewer tokens."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()
+        bits = np.frombuffer(self._tried(LLMatcher.compute_bitmask), np.uint8)
         is_forbidden = np.unpackbits(~bits, count=len(row), bitorder="little").view(np.bool_)
         np.copyto(row, -np.inf, where=is_forbidden)
 
     def accept(self, token_id: int) -> None:
-        self._matcher.consume_token(token_id)
-        self._check()
+        self._tried(lambda matcher: matcher.consume_token(token_id))
+        self._token_ids.append(token_id)
         self.is_over = token_id == self._eos_token_id
 
     def allowed(self, token_ids: Sequence[int]) -> int:
         if self._matcher.is_stopped():  # the end alone may come, which validate_tokens leaves out
             return int(not self.is_over and list(token_ids[:1]) == [self._eos_token_id])
-        return self._matcher.validate_tokens(list(token_ids))
+        return self._tried(lambda matcher: matcher.validate_tokens(list(token_ids)))
 
-    def _check(self) -> None:
+    def _tried(self, act: Callable[[LLMatcher], Found]) -> Found:
+        """If the lexer is full, then perhaps of others' doing: once more, with one of our own."""
+        found = act(self._matcher)
+        if self._matcher.is_error() and not self._is_own:
+            self._matcher = self._grammars.matcher_of_its_own(self._text)
+            self._is_own = True
+            self._matcher.consume_tokens(self._token_ids)
+            found = act(self._matcher)
         if self._matcher.is_error():
             why = _why(self._matcher, "cannot be followed any further")
-            raise RequestError(why, self._param)
+            raise RequestError(why, self._text.partition(" ")[0])
+        return found
 
 
 class _Vocabulary:
@@ -174,18 +195,21 @@ class _Vocabulary:
         return [self._byte_ids[byte] for byte in text]
 
 
-def _from_schema(schema: dict[str, Any]) -> str:
-    return LLMatcher.grammar_from_json_schema(
-        schema,
-        overrides={
-            "item_separator": ",",
-            "key_separator": ":",
-            "whitespace_pattern": r"[ \t\r\n]{0,16}",  # else a small model may never leave it
-            "lenient": False,
-            "coerce_one_of": False,
-            "json_allowed_escapes": 'nrbtf\\"',  # no \\u: a key written in two ways would be two
-        },
-    )
+def _from_schema(schema: dict[str, Any], param: str) -> str:
+    try:
+        return LLMatcher.grammar_from_json_schema(
+            schema,
+            overrides={
+                "item_separator": ",",
+                "key_separator": ":",
+                "whitespace_pattern": r"[ \t\r\n]{0,16}",  # else a small model may never leave it
+                "lenient": False,
+                "coerce_one_of": False,
+                "json_allowed_escapes": 'nrbtf\\"',  # no \\u: a key in two spellings would be two
+            },
+        )
+    except ValueError as error:
+        raise RequestError(f"The JSON schema cannot be used: {str(error)[:300]}", param) from None
 
 
 def _why(matcher: LLMatcher, fails: str) -> str:
@@ -194,7 +218,7 @@ def _why(matcher: LLMatcher, fails: str) -> str:
     _, is_about_pattern, found = error.partition("regex parse error:")
     reason = re.search(r"^error: (.*)$", found, re.MULTILINE)
     if is_about_pattern and reason is not None:
-        return f"The regular expression {fails}: {reason[1]}"
+        return f"The regular expression {fails}: {reason[1][:300]}"
     known = (ours for theirs, ours in _WORDS.items() if error.startswith(theirs))
     return f"The grammar {fails}: {next(known, error[:300])}"
 
@@ -209,17 +233,19 @@ def _checked_copy(schema: dict[str, Any], param: str) -> dict[str, Any]:
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
         copy: dict[str, Any] = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"The JSON schema is not JSON: {error}", param) from None
+    except (ValueError, RecursionError) as error:  # integers of over 4300 digits, too
+        why = str(error).partition(";")[0][:300]
+        raise RequestError(f"The JSON schema is not JSON: {why}", param) from None
     _check_size(text, MAX_TEXT_BYTES, "The JSON schema", param)
     nodes = list(_objects(schema))
     if len(nodes) > MAX_SUBSCHEMAS:
         raise RequestError(f"The JSON schema has more than {MAX_SUBSCHEMAS} subschemas", param)
-    patterns = {node["pattern"] for node in nodes if isinstance(node.get("pattern"), str)}
+    patterns = [node["pattern"] for node in nodes if isinstance(node.get("pattern"), str)]
     for node in nodes:
         if isinstance(node.get("patternProperties"), dict):
-            patterns.update(node["patternProperties"])
-    if len(patterns) > MAX_PATTERNS and any(_COMBINING & node.keys() for node in nodes):
+            patterns += node["patternProperties"]
+    _check_size("".join(patterns), MAX_REGEX_BYTES, "The text of the JSON schema's patterns", param)
+    if len(set(patterns)) > MAX_PATTERNS and any(COMBINING & node.keys() for node in nodes):
         raise RequestError(
             f"The JSON schema combines subschemas and has more than {MAX_PATTERNS} patterns", param
         )

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 from urllib.parse import unquote
 
 from serve.errors import RequestError
 
+COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "patternProperties"}
 # Keywords whose objects are subschemas by name, and those whose values are data, not schemas.
 _MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 _DATA = {"const", "enum", "default", "examples"}
@@ -25,6 +26,14 @@ _DIGITS, _STEP = 15, Decimal("1e-22")
 _MAX_EXACT = 2**53
 _MAX_BOUND = 10**18
 _MAX_MULTIPLE = 360
+_MAX_LENGTH = 2**32 - 1  # of a string; more is no count in a regular expression
+_INTEGERS = range(-(2**63), 2**64)  # what can be handed to llguidance at all
+
+# Those that llguidance holds strings to, and OpenAPI's of numbers, which it knows to say nothing.
+_FORMATS = {
+    *("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
+    *("int32", "int64", "float", "double"),
+}
 
 # A pattern's tokens, as far as they matter here. Classes in classes stay undone.
 _ESCAPE = (
@@ -41,6 +50,8 @@ _IS_UNWRITABLE = re.compile(f"[{_UNWRITABLE}]")
 _MAY_BE_SET = re.compile(rf"\[|\\[xuUpPav]|{_IS_UNWRITABLE.pattern}")
 # What Rust's expressions and JSON Schema's (ECMAScript's) read differently in a class.
 _AMBIGUOUS = re.compile(r"&&|--|~~|-\\[dDsSwW]")
+# Escapes of Rust's that are a letter, or nothing, in ECMAScript.
+_FOREIGN = re.compile(r"\\(?:[AaUZz]|x\{|[pP][^{])")
 
 
 def check_regex(pattern: str, param: str) -> None:
@@ -50,12 +61,15 @@ def check_regex(pattern: str, param: str) -> None:
 
 def make_sound(schema: dict[str, Any], param: str) -> None:
     """Change the schema in place. Raises RequestError for what cannot be held to."""
-    multiples = set()
-    for node in _subschemas(schema):
+    nodes = list(_subschemas(schema))
+    for node in nodes:
         _make_node_sound(node, param)
-        if _is_number(node.get("multipleOf")):
-            multiples.add(abs(Decimal(str(node["multipleOf"]))))
-    _check_multiples(multiples, param)
+    _check_multiples(nodes, param)
+    for found in _values(schema):
+        if _is_number(found) and isinstance(found, int) and found not in _INTEGERS:
+            raise RequestError(
+                f"The JSON schema has an integer of more than 64 bits: {_cut(str(found))}", param
+            )
 
 
 def _subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -76,19 +90,28 @@ def _subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _make_node_sound(node: dict[str, Any], param: str) -> None:
     """Of one schema, or of what only looks like one: then nothing is of the right type."""
+    _drop_what_says_nothing(node)
     names = list(node["properties"]) if isinstance(node.get("properties"), dict) else []
     data = [node.get(key) for key in ("const", "enum", "multipleOf", "required")]
     _check_data([names, data], param)
     _check_ref(node.get("$ref"), param)
     _check_min_properties(node, param)
+    _check_lengths(node, param)
     _make_bounds_inclusive(node, param)
     if isinstance(node.get("pattern"), str):
         node["pattern"] = _sound_pattern(node["pattern"], param)
     if isinstance(node.get("patternProperties"), dict):
-        node["patternProperties"] = {
-            _sound_pattern(pattern, param): value
-            for pattern, value in node["patternProperties"].items()
-        }
+        node["patternProperties"] = _sound_keys(node["patternProperties"], param)
+
+
+def _drop_what_says_nothing(node: dict[str, Any]) -> None:
+    """Of what llguidance refuses: an unknown format is an annotation, as JSON Schema has it."""
+    if isinstance(node.get("format"), str) and node["format"] not in _FORMATS:
+        del node["format"]
+    if node.get("uniqueItems") is False:
+        del node["uniqueItems"]
+    if node.get("propertyNames") in ({}, True, {"type": "string"}):
+        del node["propertyNames"]
 
 
 # -- numbers
@@ -119,7 +142,9 @@ def _inside(bound: float, sign: int, is_exclusive: bool, param: str) -> float:
         return bound
     exact = max(Decimal(str(bound)) * sign, Decimal(-_MAX_BOUND))
     if exact > _MAX_BOUND:
-        raise RequestError(f"The JSON schema has a bound beyond {_MAX_BOUND}: {bound}", param)
+        raise RequestError(
+            f"The JSON schema has a bound beyond {_MAX_BOUND}: {_cut(str(bound))}", param
+        )
     context = Context(prec=_DIGITS, rounding=ROUND_CEILING)
     found = exact.next_plus(context) if is_exclusive else context.plus(exact)
     if 0 < abs(found) < 1:
@@ -131,11 +156,13 @@ def _check_data(value: Any, param: str) -> None:
     """Numbers are rounded; and at the least of 64 bits, llguidance overflows its stack."""
     for found in _values(value):
         if isinstance(found, str) and _IS_UNWRITABLE.search(found):
-            raise RequestError(f"The JSON schema has a control character in {found!r}", param)
+            raise RequestError(
+                f"The JSON schema has a control character in {_cut(repr(found))}", param
+            )
         if _is_number(found) and not _is_exact(found):
             raise RequestError(
-                f"The JSON schema has a number that cannot be held to exactly: {found}; integers "
-                f"may go to 2^53, others may have {_DIGITS} digits",
+                f"The JSON schema has a number that cannot be held to exactly: {_cut(str(found))}; "
+                f"integers may go to 2^53, others may have {_DIGITS} digits",
                 param,
             )
 
@@ -147,18 +174,30 @@ def _is_exact(number: float) -> bool:
     return len(exact.as_tuple().digits) <= _DIGITS and _places(exact) <= _places(_STEP)
 
 
-def _check_multiples(multiples: Collection[Decimal], param: str) -> None:
-    """llguidance's expressions grow with them, and it has 32 bits for their common multiple."""
-    for multiple in multiples:
-        if multiple.scaleb(_places(multiple)) > _MAX_MULTIPLE:
+def _check_multiples(nodes: Sequence[dict[str, Any]], param: str) -> None:
+    """llguidance's expressions grow with them; where schemas meet, with their common multiple."""
+    found = [node["multipleOf"] for node in nodes if _is_number(node.get("multipleOf"))]
+    multiples = {abs(Decimal(str(multiple))) for multiple in found}
+    meet = multiples if any(COMBINING & node.keys() for node in nodes) else ()
+    for group in [*([multiple] for multiple in multiples), meet]:
+        places = max(map(_places, group), default=0)
+        if math.lcm(*(int(multiple.scaleb(places)) for multiple in group)) > _MAX_MULTIPLE:
             raise RequestError(
-                f"The JSON schema's multipleOf is too large: {multiple}; without its decimal point "
-                f"at most {_MAX_MULTIPLE} is taken",
+                f"The JSON schema's multipleOf is too large: {', '.join(map(str, sorted(group)))}; "
+                f"without decimal points their common multiple may be {_MAX_MULTIPLE}",
                 param,
             )
-    places = max(map(_places, multiples), default=0)
-    if len(multiples) > 1 and math.prod(int(m.scaleb(places)) for m in multiples) >= 2**32:
-        raise RequestError("The JSON schema has different multipleOf, together too large", param)
+
+
+def _check_lengths(node: dict[str, Any], param: str) -> None:
+    for name in ("minLength", "maxLength"):
+        length: Any = node.get(name)
+        if _is_number(length) and length > _MAX_LENGTH:
+            raise RequestError(
+                f"The JSON schema's {name} is too large: {_cut(str(length))}; at most "
+                f"{_MAX_LENGTH} is taken",
+                param,
+            )
 
 
 def _places(number: Decimal) -> int:
@@ -194,8 +233,8 @@ def _check_min_properties(node: dict[str, Any], param: str) -> None:
     num_sure = len({name for name in required if isinstance(name, str)}) + 1
     if least > num_sure:
         raise RequestError(
-            f"The JSON schema's minProperties cannot be held to: {least} is more than one above "
-            "the number of required properties",
+            f"The JSON schema's minProperties cannot be held to: {_cut(str(least))} is more than "
+            "one above the number of required properties",
             param,
         )
 
@@ -208,10 +247,17 @@ def _check_ref(ref: Any, param: str) -> None:
     for name in unquote(ref).partition("#")[2].split("/")[1:]:
         is_map, is_data = not is_map and name in _MAPS, is_data or (not is_map and name in _DATA)
     if is_map or is_data:
-        raise RequestError(f"The JSON schema has a $ref to what is no schema: {ref}", param)
+        raise RequestError(f"The JSON schema has a $ref to what is no schema: {_cut(ref)}", param)
 
 
 # -- patterns
+
+
+def _sound_keys(by_pattern: dict[str, Any], param: str) -> dict[str, Any]:
+    found = {_sound_pattern(pattern, param): value for pattern, value in by_pattern.items()}
+    if len(found) < len(by_pattern):  # one would take the other's place
+        raise RequestError("The JSON schema's patternProperties has a pattern twice", param)
+    return found
 
 
 def _sound_pattern(pattern: str, param: str) -> str:
@@ -224,10 +270,17 @@ def _sound_pattern(pattern: str, param: str) -> str:
     for token in _tokens(pattern, param):
         if token == "[" or (token[0] == "[" and _AMBIGUOUS.search(token)):
             raise RequestError(
-                f"The pattern {pattern!r} cannot be used: inside of a class [...], the characters "
-                "[ ] - & ~ need a backslash where they stand for themselves",
+                f"The pattern {_cut(repr(pattern))} cannot be used: inside of a class [...], the "
+                "characters [ ] - & ~ need a backslash where they stand for themselves",
                 param,
             )
+        for escape in _ANY_ESCAPE.findall(token):
+            if _FOREIGN.match(escape):
+                raise RequestError(
+                    f"The pattern {_cut(repr(pattern))} cannot be used: {_cut(escape)} is no "
+                    "escape of ECMAScript's",
+                    param,
+                )
         token = _ANY_ESCAPE.sub(_of_ecmascript, "[^\n\r\u2028\u2029]" if token == "." else token)
         found.append(f"[{token}&&[^{_UNWRITABLE}]]" if _MAY_BE_SET.match(token) else token)
     return "".join(found)
@@ -241,7 +294,12 @@ def _of_ecmascript(escape: re.Match[str]) -> str:
 def _tokens(pattern: str, param: str) -> Iterator[str]:
     for token in _TOKEN.findall(pattern):
         if token == "\\":
-            raise RequestError(f"A backslash in {pattern!r} begins no escape", param)
+            raise RequestError(f"A backslash in {_cut(repr(pattern))} begins no escape", param)
         if token.startswith("(?") and "x" in token:
             raise RequestError("The regular expression's flag x is not supported", param)
         yield token
+
+
+def _cut(text: str) -> str:
+    """What a client sent, short enough to be sent back."""
+    return text if len(text) <= 100 else f"{text[:99]}…"

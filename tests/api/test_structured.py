@@ -127,21 +127,36 @@ def test_with_everything_else(server: Server) -> None:
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
             "response_format.json_schema.name",
         ),
-        (
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "a", "schema": {"type": "colour"}},
-                }
-            },
-            "response_format",
-        ),
     ],
 )
 def test_wrong_requests(server: Server, fields: dict[str, Any], param: str) -> None:
     for answer in (server.post(**fields), server.chat("hi", **fields)):
         assert answer.status_code == 400, answer.text
         assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "colour"},
+        {"default": 2**64},
+        {"maxLength": 10**30},
+        {"x": 10**4000},
+        {"pattern": r"\Aa"},
+        {"pattern": "a" * 10_000},
+    ],
+    ids=lambda schema: next(iter(schema)),
+)
+def test_wrong_schemas(server: Server, schema: dict[str, Any]) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    for answer in (
+        server.post(response_format=form),
+        server.chat("hi", response_format=form),
+    ):
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert error["param"] == "response_format"
+        assert len(error["message"]) < 500
 
 
 def test_a_model_without_grammars() -> None:

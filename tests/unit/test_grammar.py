@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llguidance import LLMatcher
 from tokenizers.pre_tokenizers import ByteLevel
 
 from serve.engine import Row, SamplingParams
@@ -267,9 +268,10 @@ def test_bounds(bounds: dict[str, Any], inside: str, outside: str) -> None:
         (r"^\d$", "9", "٣a"),
         (r"^.$", 'aé"\\\t', "\n\r\u2028"),
         (r"^a|b$", "ab", "c"),
-        (r"^(a|\x07?|\x7f|\v\a|\x01b)$", "a", "b\x07\x7f"),
+        (r"^(a|\x07?|\x7f|\v\x0b|\x01b)$", "a", "b\x07\x7f"),
         ("^(a|\x07|\x1f\x7fb)$", "a", "b\x07"),
         (r"^/$", "/", "a"),
+        (r"^(\\A|[\\z]|\u{41}|\p{Nd})$", "\\zA5", "Ba"),
     ],
 )
 def test_patterns(pattern: str, inside: str, outside: str) -> None:
@@ -413,6 +415,22 @@ ANY_OTHER = {"patternProperties": {"^[ab]$": {"type": "boolean"}}, "minPropertie
         ({"type": "object", "properties": {"\x01": {}}}, "control character"),
         ({"const": TINY}, "held to exactly"),  # ends the process by itself
         ({"minimum": 10**19}, "bound beyond"),
+        ({"default": 2**64}, "more than 64 bits: 18446744073709551616$"),
+        ({"default": [{"minimum": TINY - 1}]}, "more than 64 bits: -9223372036854775809$"),
+        ({"x": 10**4000}, "more than 64 bits: 10{98}…$"),
+        ({"x": 10**4400}, "not JSON: [^;]*digits"),
+        ({"maxItems": 2**64}, "more than 64 bits"),
+        ({"maxLength": 10**30}, "maxLength is too large: 10{30}; at most 4294967295 is taken$"),
+        ({"type": "string", "minLength": 2**63}, "minLength is too large"),
+        ({"minimum": 10**4000}, "bound beyond"),
+        ({"const": 10**4000}, "held to exactly"),
+        ({"multipleOf": 10**4000}, "held to exactly"),
+        ({"minProperties": 10**4000}, "minProperties"),
+        ({"enum": ["\x01" * 5000]}, "control character"),
+        ({"$ref": "#/default/" + "a" * 30_000}, "no schema"),
+        ({"type": "a" * 30_000}, "cannot be used"),
+        ({"pattern": "[a[b]" + "a" * 4000}, "need a backslash"),
+        ({"pattern": "a" * 4000 + "\\"}, "begins no escape"),
         ({"$ref": "#/default", "default": {"const": TINY}}, "no schema: #/default"),
         ({"$ref": "#/$defs", "$defs": {"const": TINY}}, r"no schema: #/\$defs"),
         ({"$ref": "#/%65num/0", "enum": [{}]}, "no schema"),
@@ -421,11 +439,29 @@ ANY_OTHER = {"patternProperties": {"^[ab]$": {"type": "boolean"}}, "minPropertie
             "minProperties",
         ),
         ({"type": "integer", "multipleOf": 1000}, "multipleOf is too large: 1000;"),
-        ({"allOf": [{"multipleOf": n} for n in range(353, 360)]}, "together too large"),
+        (
+            {"allOf": [{"multipleOf": n} for n in range(353, 360)]},
+            "353, 354, .* without decimal points their common multiple may be 360",
+        ),
         ({"pattern": "^[a[b]$"}, "need a backslash"),
         ({"pattern": "^[a--b]$"}, "need a backslash"),
         ({"pattern": "[]a]"}, "need a backslash"),
         ({"patternProperties": {"a\\": {}}}, "begins no escape"),
+        ({"pattern": r"\Aa"}, r"\\A is no escape of ECMAScript's$"),
+        ({"pattern": r"a\z"}, r"\\z is no escape"),
+        ({"pattern": r"a\Z"}, r"\\Z is no escape"),
+        ({"pattern": r"[b\a]"}, r"\\a is no escape"),
+        ({"pattern": r"\x{41}"}, "is no escape"),
+        ({"pattern": r"\U00000041"}, "is no escape"),
+        ({"pattern": r"\pL"}, "is no escape"),
+        ({"pattern": r"\b{start}a"}, "cannot be used"),
+        ({"patternProperties": {r"\A": {}}}, "is no escape"),
+        ({"pattern": "(?i)" + r"\p{L}" * 820}, "patterns has 4104 bytes; at most 4096"),
+        (
+            {"properties": {n: {"pattern": "^" + "a" * 2047} for n in "abc"}},
+            "patterns has 6144 bytes",
+        ),
+        ({"patternProperties": {"a" * 2048: {"pattern": "b" * 2049}}}, "patterns has 4097 bytes"),
         ({"type": "object", "x": math.nan}, "not JSON"),
         ({"const": "\ud800"}, "surrogate"),
         (DEEP, "recursion"),
@@ -436,11 +472,29 @@ ANY_OTHER = {"patternProperties": {"^[ab]$": {"type": "boolean"}}, "minPropertie
         ({"enum": ["x" * MAX_TEXT_BYTES]}, "at most"),
         ({"type": "string", "pattern": "(a?){300}a{300}", "maxLength": 10**5}, "cannot be used"),
     ],
-    ids=str,
 )
 def test_schemas(schema: dict[str, Any], why: str) -> None:
     with pytest.raises(RequestError, match=why) as caught:
         grammars().json_schema(schema)
+    assert caught.value.param == "response_format"
+    assert len(str(caught.value)) < 500
+
+
+def test_patterns_that_become_the_same_are_not_both_kept() -> None:
+    """llguidance would be told of the last alone."""
+    written_out = "^[^\n\r\u2028\u2029]$"
+    schema = {"patternProperties": {"^.$": {"type": "integer"}, written_out: {"type": "string"}}}
+    with pytest.raises(RequestError, match="twice"):
+        grammars().json_schema({"type": "object", **schema})
+
+
+def test_what_llguidance_cannot_read_is_the_clients_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise ValueError("Value is not JSON serializable: " + "1" * 4000)
+
+    monkeypatch.setattr(LLMatcher, "grammar_from_json_schema", refuse)
+    with pytest.raises(RequestError, match="schema cannot be used: Value is not") as caught:
+        grammars().json_schema({})
     assert caught.value.param == "response_format"
     assert len(str(caught.value)) < 500
 
@@ -538,3 +592,71 @@ def test_the_largest_that_are_taken() -> None:
     assert matches(grammars().choice(words), words[-1])
     one = grammars().constrain(grammars().choice(["é" * (MAX_TEXT_BYTES // 2)]))
     assert allowed(one) == {TOKENIZER.encode("é")[0]}
+
+
+def walk(constraint: GrammarConstraint, chance: np.random.Generator, length: int) -> None:
+    """Random tokens that are allowed."""
+    for _ in range(length):
+        row = np.zeros(TOKENIZER.vocab_size, np.float32)
+        constraint.mask(row)
+        constraint.accept(int(chance.choice(np.flatnonzero(row == 0))))
+        if constraint.is_over:
+            break
+
+
+def test_a_lexer_that_others_have_filled() -> None:
+    """Its states, of which there may be only so many, add up over all that use a grammar."""
+    own = Grammars(TOKENIZER)
+    text = own.regex(r"(\w{1,60} ){1,100}\w+")
+    early = own.constrain(text)
+    walk(early, np.random.default_rng(0), 3)
+    shared = own._kept[text]
+    chance = np.random.default_rng(1)
+    while not shared_is_full(shared):
+        walk_freely(shared.deep_copy(), chance)
+    for constraint in (early, own.constrain(text)):
+        walk(constraint, chance, 3)
+    assert own._kept.get(text) is not shared
+
+
+def walk_freely(matcher: LLMatcher, chance: np.random.Generator) -> None:
+    for _ in range(150):
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        if matcher.is_error() or matcher.is_stopped():
+            return
+        ids = np.flatnonzero(np.unpackbits(bits, bitorder="little")[: TOKENIZER.vocab_size])
+        matcher.consume_token(int(chance.choice(ids)))
+
+
+def shared_is_full(matcher: LLMatcher) -> bool:
+    copy = matcher.deep_copy()
+    copy.compute_bitmask()
+    return bool(copy.is_error())
+
+
+@pytest.mark.parametrize(
+    "multiples",
+    [[359, 353, 89], [359, 353, 0.7], [7, 100]],
+    ids=str,
+)
+def test_multiples_that_meet(multiples: list[float]) -> None:
+    """Their common multiple makes an expression that takes gigabytes."""
+    each = [{"multipleOf": multiple} for multiple in multiples]
+    with pytest.raises(RequestError, match="common multiple may be 360"):
+        grammars().json_schema({"type": "number", "allOf": each})
+    apart = {f"p{n}": {"type": "number", **one} for n, one in enumerate(each)}
+    assert grammars().json_schema({"type": "object", "properties": apart})
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"format": "password"},
+        {"format": "uuid4"},
+        {"uniqueItems": False},
+        {"propertyNames": {"type": "string"}},
+    ],
+    ids=str,
+)
+def test_what_asks_for_nothing(nothing: dict[str, Any]) -> None:
+    assert matches(grammars().json_schema({"type": "string", **nothing}), '"x"')
