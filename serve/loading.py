@@ -24,7 +24,7 @@ from serve.engine.constraint import Constraint
 from serve.engine.host import Prepared
 from serve.errors import LoadError
 from serve.grammar import Grammars
-from serve.memory import Claims, Parts, available_bytes, resident_bytes
+from serve.memory import Claims, Parts, Variant, available_bytes, resident_bytes
 from serve.model.source import ModelSource, find_model
 from serve.placement import LibraryFacts, LoadRequest
 from serve.runtime.config import RunnerConfig
@@ -82,10 +82,9 @@ def check_threads(config: RunnerConfig) -> None:
 
 
 class _Layout(NamedTuple):
-    """Weights in memory, which all libraries share that take them so."""
+    """How weights lie in memory, which all libraries of a backend share that take them so."""
 
-    backend: str
-    panel: int | None
+    panel: int | None  # None: not packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +115,8 @@ class _Need:
             4 * tokens * width,
         )
 
-    def parts(self, layout: _Layout) -> Parts:
-        return {layout: self.weights, self: self.kv_cache + self.step}
+    def parts(self, layout: _Layout | None) -> Parts:
+        return {Variant(self.backend, layout): self.weights, self: self.kv_cache + self.step}
 
 
 class Loader:
@@ -148,7 +147,7 @@ class Loader:
             report(f"library {manifest.digest[:12]} ({compiled.source}, {compiled.seconds:.1f} s)")
             start = time.perf_counter()
             panel = manifest.panel if manifest.packed else None
-            self._claim_memory(need, _Layout(need.backend, panel))
+            self._claim_memory(need, _Layout(panel))
             runner = self._runner(chosen, compiled.library, settings.runner)
         except BaseException:
             self._claims.end(need)
@@ -191,21 +190,13 @@ class Loader:
             raise LoadError(f"out of memory for {what}: {error}; {_WHAT_TO_LOWER}") from error
 
     def _claim_memory(self, need: _Need, layout: _Layout | None = None) -> None:
-        """Before compiling nobody knows the weights' layout: None is any that is in memory.
-
-        Raises LoadError.
-        """
-        if layout is None:
-            layouts = [part for part in self._claims.parts() if isinstance(part, _Layout)]
-            same = (part for part in layouts if part.backend == need.backend)
-            layout = next(same, _Layout(need.backend, None))
+        """Before compiling nobody knows the weights' layout, which is None. Raises LoadError."""
         parts = need.parts(layout)
         if not self._claims.claim(need, parts):
             raise self._too_large(need, parts)
 
     def _too_large(self, need: _Need, parts: Parts) -> LoadError:
-        claimed = self._claims.parts()
-        weights = sum(parts[part] for part in parts if part != need and part not in claimed)
+        weights = self._claims.new({part: parts[part] for part in parts if part != need})
         free, promised = self._claims.room() or (0, 0)
         others = f", of which other libraries may take {promised >> 20} MiB" if promised else ""
         return LoadError(

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _STATUS = Path("/proc/self/status")
 
 Parts = Mapping[Hashable, int]  # bytes; a part that several claims have is the same memory
+
+
+class Variant(NamedTuple):
+    """A part that may come in several forms, each of its own memory.
+
+    None is one of them, but nobody knows yet which: no more memory, beside any of them.
+    """
+
+    of: Hashable
+    form: Hashable | None
 
 
 class Claims:
@@ -31,7 +42,12 @@ class Claims:
 
     def parts(self) -> dict[Hashable, int]:
         """All that is claimed."""
-        return {part: size for parts in list(self._claims.values()) for part, size in parts.items()}
+        return _together(list(self._claims.values()))
+
+    def new(self, parts: Parts) -> int:
+        """Bytes of those parts that nobody has claimed already."""
+        claimed = self.parts()
+        return sum(_together([claimed, parts]).values()) - sum(claimed.values())
 
     def room(self) -> tuple[int, int] | None:
         """Bytes that are available, and how many more are promised; None: unknown."""
@@ -48,9 +64,8 @@ class Claims:
         """
         with self._lock:
             self.end(owner)
-            room, claimed = self.room(), self.parts()
-            new = sum(size for part, size in parts.items() if part not in claimed)
-            if room is not None and new > max(0, room[0] - room[1]):
+            room = self.room()
+            if room is not None and self.new(parts) > max(0, room[0] - room[1]):
                 return False
             if not self._claims:
                 self._before = self._resident() or 0
@@ -60,6 +75,16 @@ class Claims:
     def end(self, owner: Hashable) -> None:
         """Without the lock: the garbage collector may call it in the thread that has the lock."""
         self._claims.pop(owner, None)
+
+
+def _together(claims: Iterable[Parts]) -> dict[Hashable, int]:
+    parts = {part: size for claim in claims for part, size in claim.items()}
+    variants = [part for part in parts if isinstance(part, Variant)]
+    known = {part.of for part in variants if part.form is not None}
+    for part in variants:
+        if part.form is None and part.of in known:
+            del parts[part]
+    return parts
 
 
 def available_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | None:

@@ -131,14 +131,17 @@ def compile_in_child(
     assert child.stderr is not None
     log: deque[str] = deque(maxlen=LOG_LINES)
     reader = threading.Thread(target=log.extend, args=(child.stderr,))
+    watcher = threading.Thread(target=_outlive, args=(child,))
     expired = threading.Event()
 
     def expire() -> None:
-        expired.set()
-        _stop(child)
+        if child.poll() is None:  # or it ended by itself
+            expired.set()
+            _stop(child)
 
     timer = threading.Timer(time_limit_seconds, expire)
     reader.start()
+    watcher.start()
     timer.start()
     try:
         _send(child, request)
@@ -148,7 +151,7 @@ def compile_in_child(
     finally:
         timer.cancel()
         _stop(child)
-        child.wait()
+        watcher.join()
         reader.join()
         child.stdout.close()
         child.stderr.close()
@@ -161,10 +164,15 @@ def compile_in_child(
 
 
 def _stop(child: subprocess.Popen[str]) -> None:
-    """Kill it, if it still runs, and all that it has started."""
-    if child.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+    """Kill it and all that it has started, even if it is dead itself."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def _outlive(child: subprocess.Popen[str]) -> None:
+    """What it leaves behind, such as its linker, would keep the pipes open."""
+    child.wait()
+    _stop(child)
 
 
 def _send(child: subprocess.Popen[str], request: dict[str, Any]) -> None:

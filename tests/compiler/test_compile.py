@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,46 @@ def test_a_time_limit(plugin: Plugin, empty: LibraryCache) -> None:
     job = toy_job(plugin("time.sleep(3600)"))
     with pytest.raises(CompileError, match=r"on backend 'cpu' took longer than 0\.5 s and was st"):
         get_library(job, empty, time_limit_seconds=0.5)
+    assert_nothing_is_left(empty)
+
+
+def test_a_crash_that_leaves_something_behind(
+    plugin: Plugin, empty: LibraryCache, tmp_path: Path
+) -> None:
+    """Such as a linker, which has the pipes too. Nobody waits for it, nor for the limit."""
+    pid, lived_on = tmp_path / "pid", tmp_path / "lived_on"
+    start = f"child = subprocess.Popen(['sh', '-c', 'sleep 120; touch {lived_on}'])"
+    write = f"Path({str(pid)!r}).write_text(str(child.pid))"
+    crash = "os.kill(os.getpid(), signal.SIGKILL)"
+    job = toy_job(plugin("pass", on_import=f"{start}; {write}; {crash}"))
+    with pytest.raises(CompileError, match="on backend 'cpu' crashed with SIGKILL"):
+        get_library(job, empty)
+    wait_until(lambda: not is_running(int(pid.read_text())))
+    assert not lived_on.exists()
+    assert_nothing_is_left(empty)
+
+
+def test_a_crash_before_the_limit_is_no_time_limit(
+    plugin: Plugin, empty: LibraryCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though something holds the pipes that cannot be killed with it, having left the group."""
+    pid, end = tmp_path / "pid", tmp_path / "end"
+    sleep = f"while [ ! -e {end} ]; do sleep 0.1; done"
+    start = f"subprocess.Popen(['timeout', '120', 'sh', '-c', {sleep!r}], start_new_session=True)"
+    write = f"Path({str(pid)!r}).write_text(str(os.getpid()))"
+    crash = "os.kill(os.getpid(), signal.SIGKILL)"
+    job = toy_job(plugin("pass", on_import=f"{start}; {write}; {crash}"))
+
+    class AfterTheCrash(threading.Timer):
+        def run(self) -> None:
+            wait_until(lambda: pid.exists() and pid.read_text() != "")
+            wait_until(lambda: not Path(f"/proc/{pid.read_text()}").exists())
+            self.function()
+            end.touch()
+
+    monkeypatch.setattr(threading, "Timer", AfterTheCrash)
+    with pytest.raises(CompileError, match="on backend 'cpu' crashed with SIGKILL"):
+        get_library(job, empty)
     assert_nothing_is_left(empty)
 
 

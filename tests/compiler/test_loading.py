@@ -14,7 +14,7 @@ from serve.compiler.cache import LibraryCache
 from serve.config import LibrarySection, Settings
 from serve.engine.host import Prepared
 from serve.errors import LoadError
-from serve.loading import Loader
+from serve.loading import Loader, _Layout, _Need
 from serve.memory import Claims
 from serve.placement import LoadRequest, Placement
 from serve.runtime.config import RunnerConfig
@@ -88,6 +88,34 @@ def test_what_is_promised_to_a_load_under_way_counts(
     with pytest.raises(LoadError, match="of which other libraries may take"):
         load(loader, settings)
     assert not loader._claims.parts()
+
+
+@pytest.mark.parametrize("others_first", [False, True])
+def test_loads_side_by_side_share_weights_of_a_layout_not_known_yet(others_first: bool) -> None:
+    loader, packed = Loader(), _Layout(16)
+    loader._claims = Claims(lambda: 150, lambda: 0)
+    a, b = (_Need("toy", "cpu", weights=100, kv_cache=20) for _ in "ab")
+    loader._claim_memory(a)
+    if others_first:
+        loader._claim_memory(b)
+        loader._claim_memory(a, packed)
+    else:
+        loader._claim_memory(a, packed)
+        loader._claim_memory(b)
+    loader._claim_memory(b, packed)
+    assert sum(loader._claims.parts().values()) == 140
+
+
+def test_unpacked_weights_and_packed_ones_are_two() -> None:
+    """Unpacked is a layout that is known."""
+    mib = 1 << 20
+    loader = Loader()
+    loader._claims = Claims(lambda: 150 * mib, lambda: 0)
+    baseline, full = (_Need("toy", "cpu", 100 * mib, 20 * mib) for _ in range(2))
+    loader._claim_memory(baseline, _Layout(None))
+    loader._claim_memory(full)
+    with pytest.raises(LoadError, match="toy needs 100 MiB for its weights, 20 MiB for its KV"):
+        loader._claim_memory(full, _Layout(16))
 
 
 def test_a_failed_load_promises_nothing(

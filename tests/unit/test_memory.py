@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.memory import Claims, available_bytes, resident_bytes
+from serve.memory import Claims, Variant, available_bytes, resident_bytes
 
 pytestmark = pytest.mark.unit
 MEMINFO = "MemTotal:       100 kB\nMemFree:          10 kB\nMemAvailable:     40 kB\n"
@@ -71,6 +71,35 @@ def test_a_claim_takes_the_place_of_its_owner_s_last() -> None:
     assert claims.parts() == {"packed weights": 60}
     assert not claims.claim("a", {"packed weights": 91})
     assert claims.parts() == {}
+
+
+UNKNOWN, PLAIN, PACKED = (Variant("weights", form) for form in (None, "plain", "packed"))
+
+
+def test_a_form_not_known_yet_is_no_more_memory() -> None:
+    claims = System().claims
+    assert claims.claim("a", {UNKNOWN: 50, "a": 10})
+    assert claims.claim("b", {UNKNOWN: 50, "b": 10})
+    assert claims.claim("a", {PACKED: 50, "a": 10})  # b still does not know
+    assert claims.room() == (90, 70)
+    assert claims.claim("c", {UNKNOWN: 50, "c": 10})  # after a knows
+    assert claims.claim("b", {PACKED: 50, "b": 10})
+    assert claims.parts() == {PACKED: 50, "a": 10, "b": 10, "c": 10}
+    assert not claims.claim("d", {Variant("others", None): 11})
+    for owner in "ab":
+        claims.end(owner)
+    assert claims.parts() == {UNKNOWN: 50, "c": 10}
+
+
+def test_two_known_forms_are_twice_the_memory() -> None:
+    claims = System().claims
+    assert claims.claim("a", {PLAIN: 40})
+    assert claims.claim("b", {UNKNOWN: 40})
+    assert (claims.new({PACKED: 40}), claims.new({PLAIN: 40})) == (40, 0)
+    assert claims.claim("b", {PACKED: 40})
+    assert claims.claim("c", {UNKNOWN: 40})
+    assert claims.parts() == {PLAIN: 40, PACKED: 40}
+    assert not claims.claim("d", {Variant("weights", "other"): 40})
 
 
 def test_a_promise_ends() -> None:
