@@ -59,15 +59,15 @@ class Message(RequestModel):
     """
 
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_as_role)]
-    content: Annotated[
-        list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])
-    ]
     name: str | None = Field(None, description="For the template")
     refusal: Annotated[None, refused("refusals are not supported")] = None
     annotations: Annotated[None, refused("annotations are not supported", Nothing)] = None
     audio: NoAudio = None
     tool_calls: NoTools = None
     function_call: NoToolCall = None
+    content: Annotated[  # last, for what else is wrong tells more than that it is null
+        list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])
+    ]
 
     def for_template(self) -> dict[str, str]:
         """As templates expect it. Parts are joined by line ends, as in vLLM."""

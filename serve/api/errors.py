@@ -159,6 +159,8 @@ def _first_of(errors: list[Any]) -> RequestError:
         part for part in first["loc"] if isinstance(part, str) and part not in ("body", "path")
     ]
     param = ".".join(names) if names else "body"
+    if kind == "missing":
+        message = "required; null is as good as absent"
     if kind == "extra_forbidden":
         return RequestError(f"Unknown field: {param!r}", param, "unknown_parameter")
     if isinstance(cause, UnsupportedValueError):

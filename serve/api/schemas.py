@@ -96,6 +96,8 @@ def _as_prompts(value: object) -> Prompts:
             return [value]
         if all(_is_ids(item) for item in value):
             return value
+    if value == []:
+        raise ValueError("empty; give at least one prompt")
     raise WrongTypeError(
         "expected a string, a list of strings, token ids, or a list of lists of token ids"
     )
@@ -151,14 +153,13 @@ class RequestModel(BaseModel):
     def _null_is_default(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
-        optional = _optional(cls)
-        return {k: value for k, value in data.items() if value is not None or k not in optional}
+        known = _names(cls)
+        return {k: value for k, value in data.items() if value is not None or k not in known}
 
 
 @cache
-def _optional(model: type[BaseModel]) -> frozenset[str]:
-    fields = model.model_fields.items()
-    return frozenset(f.alias or name for name, f in fields if not f.is_required())
+def _names(model: type[BaseModel]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 
 class StreamOptions(RequestModel):

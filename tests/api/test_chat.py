@@ -172,7 +172,7 @@ def test_messages_of_every_kind(server: Server) -> None:
         ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages.role", "tools"),
         ({"role": "function", "content": "x"}, "messages.role", "tools"),
         (
-            {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]},
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
             "messages.tool_calls",
             "tools",
         ),
