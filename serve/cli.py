@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A server that runs drains on SIGTERM; before that, a compiler's child process ends with us.
     """
     signal.signal(signal.SIGTERM, _terminated)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until a server knows what to do about it
     given = sys.argv[1:] if arguments is None else arguments
     parsed = parser(is_run=given[:1] == ["run"]).parse_args(given)
     try:

@@ -6,7 +6,7 @@ Lives in the event loop of the server.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ class Deployment:
         self._libraries, self._read_settings = libraries, read_settings
         self._changing = asyncio.Lock()  # one reload at a time
         self._chosen: Placement | None = None  # what is to be the default, once it is loaded
-        self._switches: set[asyncio.Task[None]] = set()  # that wait for a load
+        self._requested: set[Placement] = set()  # since the last reload began
+        self._tasks: set[asyncio.Task[None]] = set()  # that wait for a load
 
     async def start(self) -> None:
         """Load all that the settings name. Raises what the first failure raises."""
@@ -48,6 +49,7 @@ class Deployment:
 
     async def load(self, profile: str, backend: str | None, wait: bool) -> LibraryState:
         library = self._begin_load(self._placement(profile, backend))
+        self._requested.add(library.placement)
         if wait:
             await self._libraries.loaded(library.placement)
         return self._state(library)
@@ -67,12 +69,11 @@ class Deployment:
     async def make_default(self, profile: str, backend: str | None, wait: bool) -> LibraryState:
         library = self._begin_load(self._placement(profile, backend))
         self._chosen = library.placement
+        self._requested.add(library.placement)
         if library.state == "loaded" or wait:
             await self._switch_when_loaded(library.placement)
         else:
-            task = asyncio.create_task(self._switch_when_loaded(library.placement))
-            self._switches.add(task)
-            task.add_done_callback(self._switched)
+            self._begin_task(self._switch_when_loaded(library.placement))
         return self._state(library)
 
     async def reload(self) -> ReloadReport:
@@ -122,25 +123,33 @@ class Deployment:
             await self._libraries.loaded(placement)
 
     async def _move_to(self, settings: Settings) -> None:
-        """Load what is missing, switch, unload what is left over; or change nothing, and raise."""
+        """Load what is missing, switch, unload what is left over; or change nothing, and raise.
+
+        What is asked for meanwhile stays.
+        """
         wanted = self._wanted(settings)
+        self._requested.clear()
         before = {x.placement for x in self._libraries if x.state in ("loading", "loaded")}
         try:
             await self._load_all(wanted)
             self._apply(settings)
         except Exception:
+            added = set(wanted) - before - self._requested
             for library in self._libraries:
-                if library.placement in wanted and library.placement not in before:
+                if library.placement in added:
                     await self._give_up(library)
             raise
+        stay = self._requested.union(wanted)
         for library in self._libraries:
-            if library.state == "loaded" and library.placement not in wanted:
-                self._libraries.unload(library)
+            if library.placement not in stay:
+                self._begin_task(self._give_up(library))
 
     async def _give_up(self, library: Library) -> None:
+        """Unload it, if need be as soon as it is loaded, or forget it."""
         if library.state == "loading" and library.done is not None:
             await asyncio.wait([library.done])
-        if library.state in ("loaded", "failed"):
+        is_asked_for = library.placement in self._requested
+        if library.state in ("loaded", "failed") and not is_asked_for:
             self._libraries.unload(library)
 
     def _apply(self, settings: Settings) -> None:
@@ -170,9 +179,14 @@ class Deployment:
         if self._chosen == placement:
             self._libraries.served.set_default(model)
 
-    def _switched(self, task: asyncio.Task[None]) -> None:
-        """Why it was not, is in the library's state."""
-        self._switches.discard(task)
+    def _begin_task(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        """Why a load failed, is in the library's state."""
+        self._tasks.discard(task)
         if not task.cancelled():
             task.exception()
 

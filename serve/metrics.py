@@ -187,11 +187,14 @@ class EngineMetrics:
         self._preemptions = registry.preemptions.labels(*labels)
         self._drafted = registry.drafted.labels(*labels)
         self._accepted = registry.accepted.labels(*labels)
+        self._info: tuple[str, ...] | None = None
         registry.engines.append(self)
 
     def close(self) -> None:
         """Its engine is gone: what it counted stays, its gauges do not."""
         self.registry.engines.remove(self)
+        if self._info is not None:
+            self.registry.library_info.remove(*self._info)
 
     def on_step(self, stats: StepStats) -> None:
         self._phases[stats.phase].add(stats)
@@ -239,7 +242,8 @@ class EngineMetrics:
         registry.library_loads.labels(*self.labels, source).inc()
         if source == "compiled":
             registry.compile_seconds.labels(*self.labels).observe(compile_seconds)
-        registry.library_info.labels(*self.labels, quantization, digest, tvm).set(1)
+        self._info = (*self.labels, quantization, digest, tvm)
+        registry.library_info.labels(*self._info).set(1)
 
 
 class _Phase:

@@ -5,6 +5,7 @@ Pure ASGI: Starlette's BaseHTTPMiddleware hides the client's disconnect and cost
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -18,7 +19,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api import access, errors
-from serve.errors import RequestError
+from serve.errors import EngineError, RequestError
 
 log = logging.getLogger(__name__)
 texts = logging.getLogger("serve.texts")
@@ -81,6 +82,12 @@ class ErrorMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self._app(scope, receive, send)
+        except asyncio.CancelledError:  # the server ends, and has waited long enough
+            if scope["type"] != "http":
+                raise
+            if not access.of(scope).is_started:
+                error = EngineError("The server is shutting down", "draining")
+                await errors.render(error)(scope, receive, send)
         except Exception as error:
             if scope["type"] != "http":
                 raise

@@ -177,12 +177,19 @@ def test_a_second_signal_ends_at_once(start_server: StartServer) -> None:
     thread = threading.Thread(target=generate)
     thread.start()
     assert begun.wait(PATIENCE)
+    host, port = process.url.removeprefix("http://").split(":")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    half = socket.create_connection((host, int(port)), PATIENCE)
+    half.sendall(head + b"Content-Length: 99\r\n\r\n{")
     process.signal(signal.SIGTERM)
     process.wait_for("Shutting down")  # two signals at a time would be one
     process.signal(signal.SIGTERM)
     thread.join(PATIENCE)
     assert process.wait() in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
     assert "data: [DONE]" not in events
+    with half:
+        assert half.recv(65536).startswith(b"HTTP/1.1 503")
+    assert not any("Traceback" in line for line in process.output)
 
 
 def test_a_json_log_has_nothing_but_objects(start_server: StartServer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -83,6 +84,10 @@ class Live:
     @property
     def names(self) -> set[str]:
         return set(self.libraries.served.names)
+
+    @property
+    def series(self) -> str:
+        return render(self.registry)[0].decode()
 
     async def ask(self, name: str) -> int:
         """The number of tokens of an answer."""
@@ -170,8 +175,8 @@ def test_load_switch_unload(tmp_path: Path) -> None:
         assert not it.names & {"m@full", "m@cpu:full"}
         with pytest.raises(RequestError, match="cpu:full is not loaded; what is: cpu:matmul"):
             await it.unload("full")
-        series = render(it.registry)[0].decode()
-        assert 'profile="matmul"' in series
+        infos = re.findall(r'^dlight_library_info{.*profile="(\w+)"', it.series, re.MULTILINE)
+        assert infos == ["matmul"]
         assert (await it.load("full")).state == "loaded"
 
     run(tmp_path, test)
@@ -281,7 +286,7 @@ def test_the_default_chosen_last_counts(tmp_path: Path) -> None:
         await it.make_default("slow", wait=False)
         await it.make_default("full")
         it.release_slow()
-        await until(lambda: it.states["cpu:slow"] == "loaded")
+        await until(lambda: it.states["cpu:slow"] == "loaded" and not it.deployment._tasks)
         assert not (await it.load("slow")).is_default
         assert it.default == "full"
 
@@ -350,6 +355,35 @@ def test_a_bad_edit_changes_nothing(
         await until(lambda: (it.states, it.default, it.traffic, it.names) == before)
 
     run(tmp_path, test, ALSO.replace(', "cpu:gemv"', "") + SPLIT)
+
+
+def test_what_is_asked_for_during_a_reload_that_fails_stays(tmp_path: Path) -> None:
+    async def test(it: Live) -> None:
+        it.edit('[library]\nalso = ["matmul", "gemv", "slow", "broken"]')
+        reload = asyncio.create_task(it.reload())
+        await until(lambda: it.states.get("cpu:matmul") == "loaded")
+        await it.make_default("matmul")
+        it.release_slow()
+        with pytest.raises(LoadError):
+            await reload
+        await until(lambda: it.states == {"cpu:full": "loaded", "cpu:matmul": "loaded"})
+        assert it.default == "matmul"
+
+    run(tmp_path, test)
+
+
+def test_a_load_under_way_does_not_outlive_a_reload(tmp_path: Path) -> None:
+    async def test(it: Live) -> None:
+        await it.load("slow", wait=False)
+        await it.load("broken", wait=False)
+        await until(lambda: it.states["cpu:broken"] == "failed")
+        assert (await it.reload()).changed == []
+        await until(lambda: it.states == {"cpu:full": "loaded", "cpu:slow": "loading"})
+        it.release_slow()
+        await until(lambda: it.states == {"cpu:full": "loaded"})
+        assert not it.deployment._tasks
+
+    run(tmp_path, test)
 
 
 def test_reloads_wait_for_each_other(tmp_path: Path) -> None:
