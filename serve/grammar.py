@@ -32,7 +32,7 @@ _LIMITS = LLParserLimits(  # a compilation takes at most tenths of a second, a m
     step_lexer_fuel=50_000,
     step_max_items=20_000,
     max_items_in_row=10_000,
-    max_lexer_states=50_000,
+    max_lexer_states=20_000,  # which are up to 20 MB of each grammar that is kept
     max_grammar_size=100_000,
     verbose_errors=False,
 )
@@ -55,7 +55,7 @@ class Grammars:
     too long. The `max_kept` grammars used last are kept compiled.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_kept: int = 64) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_kept: int = 32) -> None:
         self._tokenizer = LLTokenizer(
             TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=tokenizer.vocab_size
         )
