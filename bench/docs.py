@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench import http, http_served
+from bench import http, http_served, soak
 from bench.peers.report import markdown
 from serve import bench, trace_table
 
@@ -36,6 +36,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "peers-medium.json": ("docs/peers.md", peers),
     "http.json": ("docs/http-performance.md", http.table),
     "http-served.json": ("docs/http-performance.md", http_served.table),
+    "soak.json": ("docs/live.md", soak.table),
 }
 
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -226,6 +226,25 @@ def failures(report: dict[str, Any]) -> list[str]:
         found.append(f"wrong answers, such as {report['wrong_answers'][0]!r}")
     found += [f"{what}: {n}" for what, n in report["answers"].items() if what[-3] == "5"]
     return found
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown."""
+    number, minutes = sum(report["answers"].values()), report["seconds"] / 60
+    lines = [
+        f"{number} requests in {minutes:g} minutes, {len(report['wrong_answers'])} wrong answers:",
+        "",
+        "| process | after warm-up, MiB | at the end, MiB | growth | threads when idle |",
+        "|---|---|---|---|---|",
+    ]
+    for process in report["processes"]:
+        before, after = process["idle_threads"]
+        lines.append(
+            f"| {process['process']} | {process['resident_mib_after_warm_up']} | "
+            f"{process['resident_mib_at_the_end']} | {process['growth'] - 1:+.1%} | "
+            f"{before}, then {after} |"
+        )
+    return "\n".join((*lines, ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
